@@ -1,0 +1,1 @@
+"""Everything that turns a training checkpoint into a bundle the service can load."""

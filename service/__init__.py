@@ -1,0 +1,1 @@
+"""Everything that turns audio into text, without torch."""

@@ -1,0 +1,494 @@
+"""Audio: bytes of any supported format in, mono float32 at the model's rate out.
+
+Raw PCM and PCM WAV are decoded as they arrive; FLAC, Ogg (Opus, Vorbis), mp3 and other WAV
+encodings are collected and decoded by libsndfile when they are complete. Channels are averaged,
+then resampled by soxr. However the bytes are cut, the samples are the same.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from service.errors import AudioError, RequestError
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+
+AUDIO_EXTENSIONS: Final = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
+DEFAULT_SAMPLE_RATE: Final = 16_000
+LOWEST_RATE: Final = 4_000
+HIGHEST_RATE: Final = 384_000
+MOST_CHANNELS: Final = 32
+
+_PUSH_BYTES: Final = 1 << 20
+_BLOCK_FRAMES: Final = 1 << 18
+_SNIFF_BYTES: Final = 12
+_TEXT_BYTES: Final = 512
+_LONGEST_HEADER_BYTES: Final = 1 << 20
+
+
+class Encoding(Enum):
+    """How audio bytes are encoded."""
+
+    LINEAR16 = "LINEAR16"
+    WAV = "WAV"
+    FLAC = "FLAC"
+    OGG = "OGG_OPUS"
+    MP3 = "MP3"
+
+
+@dataclass(frozen=True)
+class AudioFormat:
+    """What a sender says about its audio; None leaves it to the header, or to the default."""
+
+    encoding: Encoding | None = None
+    """None: from the header; without a header, 16-bit little-endian PCM."""
+    sample_rate: int | None = None
+    """Samples a second and channel, Hz; without a header the default is 16,000."""
+    n_channels: int | None = None
+    """Interleaved channels; without a header the default is 1."""
+    header_required: bool = False
+    """Whether bytes without a known header are an error rather than raw PCM (files)."""
+
+
+class AudioStream:
+    """Turns the bytes of one recording into samples, piece by piece."""
+
+    def __init__(self, audio_format: AudioFormat, *, target_rate: int) -> None:
+        self._format = audio_format
+        self._target_rate = target_rate
+        self._head = b""
+        self._reader: _Reader | None = None
+        self._resampler: _Resampler | None = None
+        self.n_bytes = 0
+        """Bytes received so far."""
+
+    def push(self, data: bytes) -> FloatArray:
+        """Take the next bytes; return the samples they complete, float32 (time,).
+
+        Raises:
+            AudioError: the bytes are no audio, or broken.
+            RequestError: they contradict what the sender said of them.
+        """
+        self.n_bytes += len(data)
+        if self._reader is None:
+            self._head += data
+            self._reader = _open_reader(self._head, self._format, is_complete=False)
+            if self._reader is None:
+                return np.zeros(0, np.float32)
+            data, self._head = self._head, b""
+        return self._convert(self._reader, self._reader.push(data), is_last=False)
+
+    def finish(self) -> FloatArray:
+        """Say that the recording is complete; return the remaining samples, float32 (time,).
+
+        Raises:
+            AudioError: what arrived is no audio, or broken.
+            RequestError: it contradicts what the sender said of it.
+        """
+        blocks = []
+        if self._reader is None:
+            self._reader = _open_reader(self._head, self._format, is_complete=True)
+            if self._reader is None:
+                return np.zeros(0, np.float32)
+            blocks.append(self._convert(self._reader, self._reader.push(self._head), is_last=False))
+        for frames in self._reader.finish():
+            blocks.append(self._convert(self._reader, frames, is_last=False))
+        nothing = np.zeros((0, 1), np.float32)
+        blocks.append(self._convert(self._reader, nothing, is_last=True))
+        return np.concatenate(blocks)
+
+    def _convert(self, reader: _Reader, frames: FloatArray, *, is_last: bool) -> FloatArray:
+        """Average the channels of (time, channel) frames and resample them: (time,)."""
+        if not np.isfinite(frames).all():
+            raise AudioError(
+                "the audio has samples that are not numbers (NaN or infinite); "
+                "expected values between -1 and 1: repair or re-encode the recording"
+            )
+        mono = frames.mean(axis=1, dtype=np.float32)
+        if self._resampler is None:
+            if not reader.is_open:
+                return mono
+            self._resampler = _Resampler(reader.sample_rate, self._target_rate)
+        return self._resampler.push(mono, is_last=is_last)
+
+
+def decode_audio(data: bytes, audio_format: AudioFormat, *, target_rate: int) -> FloatArray:
+    """Decode a whole recording: mono samples, float32 (time,), at `target_rate`.
+
+    Raises:
+        AudioError: the bytes are no audio, broken, or hold no sample.
+        RequestError: they contradict what the sender said of them.
+    """
+    stream = AudioStream(audio_format, target_rate=target_rate)
+    blocks = [
+        stream.push(data[start : start + _PUSH_BYTES]) for start in range(0, len(data), _PUSH_BYTES)
+    ]
+    waveform = np.concatenate([*blocks, stream.finish()])
+    if len(waveform) == 0:
+        what = f"{len(data)} bytes that hold no sample" if data else "no bytes at all"
+        raise AudioError(f"the audio is empty: {what}; expected a recording")
+    return waveform
+
+
+def load_audio(path: Path, *, target_rate: int) -> FloatArray:
+    """Read a recording: mono samples, float32 (time,), at `target_rate`.
+
+    Raises:
+        AudioError: the file cannot be read, is no audio, broken, or holds no sample.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise AudioError(f"cannot read {path}: {error.strerror}") from error
+    return decode_audio(data, AudioFormat(header_required=True), target_rate=target_rate)
+
+
+class _Reader(Protocol):
+    """Decodes bytes to float32 frames of shape (time, channel)."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the sample rate is known."""
+        ...
+
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        ...
+
+    def push(self, data: bytes) -> FloatArray:
+        """Take bytes, return the frames they complete."""
+        ...
+
+    def finish(self) -> Iterator[FloatArray]:
+        """Return what is left, block by block."""
+        ...
+
+
+class _PcmReader:
+    """Interleaved samples of a fixed width, as they arrive; what follows `n_bytes` is ignored."""
+
+    is_open = True
+
+    def __init__(
+        self, *, sample_rate: int, n_channels: int, sample_format: str, n_bytes: int | None = None
+    ) -> None:
+        _check_layout(sample_rate, n_channels)
+        self.sample_rate = sample_rate
+        self._n_channels = n_channels
+        self._sample_format = sample_format
+        self._frame_bytes = n_channels * _SAMPLE_BYTES[sample_format]
+        self._left = n_bytes
+        self._rest = b""
+
+    def push(self, data: bytes) -> FloatArray:
+        if self._left is not None:
+            data = data[: self._left]
+            self._left -= len(data)
+        data = self._rest + data
+        whole = len(data) - len(data) % self._frame_bytes
+        self._rest = data[whole:]
+        samples = _to_float(data[:whole], self._sample_format)
+        return samples.reshape(-1, self._n_channels)
+
+    def finish(self) -> Iterator[FloatArray]:
+        if self._left:
+            logger.warning("the WAV ends %d bytes before its header says", self._left)
+        if self._rest:
+            logger.warning("the audio ends inside a sample: %d bytes left out", len(self._rest))
+        return iter(())
+
+
+class _WavReader:
+    """Skips the header of a PCM WAV, then reads its samples as they arrive."""
+
+    def __init__(self, header: _WavHeader) -> None:
+        self._pcm = _PcmReader(
+            sample_rate=header.sample_rate,
+            n_channels=header.n_channels,
+            sample_format=header.sample_format,
+            n_bytes=header.data_bytes,
+        )
+        self._to_skip = header.data_start
+        self.is_open = True
+        self.sample_rate = header.sample_rate
+
+    def push(self, data: bytes) -> FloatArray:
+        skipped = min(self._to_skip, len(data))
+        self._to_skip -= skipped
+        return self._pcm.push(data[skipped:])
+
+    def finish(self) -> Iterator[FloatArray]:
+        return self._pcm.finish()
+
+
+class _ContainerReader:
+    """Collects a compressed file and lets libsndfile decode it once it is complete."""
+
+    def __init__(self, name: str, audio_format: AudioFormat) -> None:
+        self._name = name
+        self._format = audio_format
+        self._data = io.BytesIO()
+        self.is_open = False
+        self.sample_rate = 0
+
+    def push(self, data: bytes) -> FloatArray:
+        self._data.write(data)
+        return np.zeros((0, 1), np.float32)
+
+    def finish(self) -> Iterator[FloatArray]:
+        self._data.seek(0)
+        try:
+            with soundfile.SoundFile(self._data) as file:
+                _check_layout(file.samplerate, file.channels)
+                _check_claims(self._format, self._name, file.samplerate, file.channels)
+                self.sample_rate = file.samplerate
+                self.is_open = True
+                yield from file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)
+        except soundfile.LibsndfileError as error:
+            raise AudioError(
+                f"the {self._name} audio cannot be decoded ({error.error_string.strip()}); "
+                "it may be cut off or damaged: encode it again"
+            ) from error
+
+
+class _Resampler:
+    """soxr in its streaming form, or nothing where the rates agree."""
+
+    def __init__(self, source_rate: int, target_rate: int) -> None:
+        self._stream = (
+            soxr.ResampleStream(source_rate, target_rate, 1, dtype="float32", quality="HQ")
+            if source_rate != target_rate
+            else None
+        )
+
+    def push(self, waveform: FloatArray, *, is_last: bool) -> FloatArray:
+        if self._stream is None:
+            return waveform
+        resampled: FloatArray = self._stream.resample_chunk(waveform, last=is_last)
+        return resampled
+
+
+@dataclass(frozen=True)
+class _WavHeader:
+    sample_rate: int
+    n_channels: int
+    sample_format: str
+    """Key of `_SAMPLE_BYTES`."""
+    data_start: int
+    """Offset of the first sample, bytes."""
+    data_bytes: int | None
+    """Length of the samples; None where the header leaves it open (a stream)."""
+
+
+_SAMPLE_BYTES: Final = {"u1": 1, "<i2": 2, "<i3": 3, "<i4": 4, "<f4": 4, "<f8": 8}
+_WAV_PCM, _WAV_FLOAT, _WAV_EXTENSIBLE = 1, 3, 0xFFFE
+_WAV_FORMATS: Final = {
+    (_WAV_PCM, 8): "u1",
+    (_WAV_PCM, 16): "<i2",
+    (_WAV_PCM, 24): "<i3",
+    (_WAV_PCM, 32): "<i4",
+    (_WAV_FLOAT, 32): "<f4",
+    (_WAV_FLOAT, 64): "<f8",
+}
+_OPEN_LENGTHS: Final = (0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
+
+
+def _to_float(data: bytes, sample_format: str) -> FloatArray:
+    if sample_format == "u1":
+        return (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
+    if sample_format == "<i3":
+        triples = np.frombuffer(data, np.uint8).reshape(-1, 3)
+        padded = np.zeros((len(triples), 4), np.uint8)
+        padded[:, 1:] = triples
+        return (padded.reshape(-1).view("<i4") / 2.0**31).astype(np.float32)
+    samples = np.frombuffer(data, sample_format)
+    if sample_format in ("<i2", "<i4"):
+        return (samples / 2.0 ** (8 * samples.itemsize - 1)).astype(np.float32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused
+        return samples.astype(np.float32)
+
+
+def _open_reader(head: bytes, said: AudioFormat, *, is_complete: bool) -> _Reader | None:
+    """Choose the reader by the first bytes; None while they are too few to tell."""
+    if len(head) < _SNIFF_BYTES and not is_complete:
+        return None
+    found = _sniff(head, is_complete=is_complete)
+    if found is _UNDECIDED:
+        return None
+    if found == Encoding.WAV:
+        if said.encoding not in (None, Encoding.WAV, Encoding.LINEAR16):
+            raise _contradiction(said.encoding, "WAV")
+        header = _parse_wav_header(head, is_complete=is_complete)
+        if header is _UNDECIDED:
+            return None
+        if header is None:
+            return _ContainerReader("WAV", said)
+        _check_claims(said, "WAV", header.sample_rate, header.n_channels)
+        return _WavReader(header)
+    if isinstance(found, Encoding):
+        if said.encoding not in (None, found):
+            raise _contradiction(said.encoding, found.value)
+        return _ContainerReader(found.value, said)
+    return _open_headerless(head, said)
+
+
+def _open_headerless(head: bytes, said: AudioFormat) -> _Reader | None:
+    if not head:
+        return None
+    if said.encoding is not None and said.encoding != Encoding.LINEAR16:
+        raise AudioError(
+            f"the audio was said to be {said.encoding.value} but begins with {head[:12]!r}, "
+            "which is no such header; send the file's bytes from its start, or correct the encoding"
+        )
+    if said.header_required or (said.encoding is None and _looks_like_text(head)):
+        raise AudioError(
+            f"the data begins with {head[:12]!r}, which is no header of a WAV, FLAC, Ogg or mp3 "
+            "file; convert the recording to one of these"
+        )
+    return _PcmReader(
+        sample_rate=said.sample_rate or DEFAULT_SAMPLE_RATE,
+        n_channels=said.n_channels or 1,
+        sample_format="<i2",
+    )
+
+
+class _Undecided(Enum):
+    UNDECIDED = 0
+
+
+_UNDECIDED: Final = _Undecided.UNDECIDED
+
+
+def _sniff(head: bytes, *, is_complete: bool) -> Encoding | _Undecided | None:
+    """The encoding a header names; None if there is no header."""
+    if head[:4] in (b"RIFF", b"RF64") and head[8:12] in (b"WAVE", b""):
+        return Encoding.WAV
+    if head[:4] == b"fLaC":
+        return Encoding.FLAC
+    if head[:4] == b"OggS":
+        return Encoding.OGG
+    if head[:3] == b"ID3":
+        return Encoding.MP3
+    frame_bytes = _mp3_frame_bytes(head)
+    if frame_bytes is None:
+        return None
+    if len(head) < frame_bytes + 4:
+        return None if is_complete else _UNDECIDED
+    return Encoding.MP3 if _mp3_frame_bytes(head[frame_bytes:]) is not None else None
+
+
+_MP3_KBITS: Final = {
+    3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG 1
+    2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2
+    0: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2.5
+}
+_MP3_RATES: Final = {
+    3: (44_100, 48_000, 32_000),
+    2: (22_050, 24_000, 16_000),
+    0: (11_025, 12_000, 8_000),
+}
+
+
+def _mp3_frame_bytes(head: bytes) -> int | None:
+    """Length of the layer III frame that begins here; None if none does."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return None
+    version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
+    kbits_index, rate_index, padding = head[2] >> 4, head[2] >> 2 & 3, head[2] >> 1 & 1
+    if version == 1 or layer != 1 or kbits_index in (0, 15) or rate_index == 3:
+        return None
+    n_samples = 1152 if version == 3 else 576
+    bits = _MP3_KBITS[version][kbits_index] * 1000
+    return n_samples // 8 * bits // _MP3_RATES[version][rate_index] + padding
+
+
+def _parse_wav_header(head: bytes, *, is_complete: bool) -> _WavHeader | _Undecided | None:
+    """Read the chunks up to the samples; None for an encoding that libsndfile must decode."""
+    layout: tuple[int, int, str] | None = None
+    place = 12
+    while place + 8 <= len(head):
+        name, size = head[place : place + 4], struct.unpack_from("<I", head, place + 4)[0]
+        body = place + 8
+        if name == b"data":
+            if layout is None:
+                raise AudioError("the WAV header has no format before its data; encode it again")
+            data_bytes = None if size in _OPEN_LENGTHS else size
+            return _WavHeader(*layout, data_start=body, data_bytes=data_bytes)
+        if name == b"fmt " and body + size <= len(head):
+            parsed = _parse_wav_format(head[body : body + size])
+            if parsed is None:
+                return None
+            layout = parsed
+        place = body + size + size % 2
+        if place > _LONGEST_HEADER_BYTES:
+            raise AudioError("the WAV header is longer than 1 MiB; encode the recording again")
+    if is_complete:
+        raise AudioError(
+            f"the WAV is cut off inside its header: {len(head)} bytes and no samples; "
+            "copy or encode the recording again"
+        )
+    return _UNDECIDED
+
+
+def _parse_wav_format(body: bytes) -> tuple[int, int, str] | None:
+    """Sample rate, channels and sample format; None where the samples are not plain numbers."""
+    if len(body) < 16:
+        raise AudioError(f"the WAV format chunk has {len(body)} bytes, expected at least 16")
+    tag, n_channels, sample_rate, _, _, n_bits = struct.unpack_from("<HHIIHH", body)
+    if tag == _WAV_EXTENSIBLE and len(body) >= 26:
+        tag = struct.unpack_from("<H", body, 24)[0]
+    _check_layout(sample_rate, n_channels)
+    sample_format = _WAV_FORMATS.get((tag, n_bits))
+    return None if sample_format is None else (sample_rate, n_channels, sample_format)
+
+
+def _check_layout(sample_rate: int, n_channels: int) -> None:
+    if not LOWEST_RATE <= sample_rate <= HIGHEST_RATE:
+        raise AudioError(
+            f"the sample rate is {sample_rate} Hz, expected {LOWEST_RATE} to {HIGHEST_RATE} Hz"
+        )
+    if not 1 <= n_channels <= MOST_CHANNELS:
+        raise AudioError(f"the audio has {n_channels} channels, expected 1 to {MOST_CHANNELS}")
+
+
+def _check_claims(said: AudioFormat, name: str, sample_rate: int, n_channels: int) -> None:
+    """Refuse a sender's rate or channel count that the header contradicts."""
+    if said.sample_rate is not None and said.sample_rate != sample_rate:
+        raise RequestError(
+            f"the request says {said.sample_rate} Hz but the {name} header says {sample_rate} Hz; "
+            "leave the sample rate at 0 or correct it"
+        )
+    if said.n_channels is not None and said.n_channels != n_channels:
+        raise RequestError(
+            f"the request says {said.n_channels} channels but the {name} header says {n_channels}; "
+            "leave the channel count at 0 or correct it"
+        )
+
+
+def _contradiction(said: Encoding | None, found: str) -> RequestError:
+    name = "unspecified" if said is None else said.value
+    return RequestError(
+        f"the request says {name} but the audio has the header of {found}; "
+        "leave the encoding unspecified or correct it"
+    )
+
+
+def _looks_like_text(head: bytes) -> bool:
+    """Whether all first bytes are printable ASCII or white space, which no PCM audio is."""
+    sample = head[:_TEXT_BYTES]
+    return all(32 <= byte < 127 or byte in b"\t\n\r" for byte in sample)

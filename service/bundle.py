@@ -1,0 +1,193 @@
+"""The bundle: one folder that holds a model and everything needed to serve it.
+
+`config.json` describes the model and lists the hash of every file; a bundle that is incomplete,
+altered or of another format is refused with a message that says which file and what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+import service
+from service.errors import BundleError
+from service.features import FeatureSettings
+from service.text import BLANK, BLANK_TOKEN
+
+FORMAT_VERSION: Final = 1
+CONFIG_NAME: Final = "config.json"
+OFFLINE_GRAPH: Final = "offline.onnx"
+LM_BINARY: Final = "lm/lm.binary"
+LM_WORDS: Final = "lm/words.txt"
+MODEL_CARD: Final = "MODEL_CARD.md"
+BUNDLE_VARIABLE: Final = "VOXGATE_BUNDLE"
+
+_HASH_BLOCK_BYTES: Final = 1 << 20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DecoderSettings(_Part):
+    """Defaults of the beam search, fitted on development data."""
+
+    beam_width: Annotated[int, Field(ge=1)] = 100
+    """Hypotheses kept after each frame."""
+    alpha: float = 0.5
+    """Weight of the language model."""
+    beta: float = 1.0
+    """Added for each word."""
+    unknown_score: float = -10.0
+    """Added for a word outside the word list, log10."""
+    beam_prune_log_prob: float = -10.0
+    """Beams this far below the best are dropped, natural log."""
+    token_min_log_prob: float = -5.0
+    """Tokens below this in a frame are not followed, natural log."""
+
+
+class BundleConfig(_Part):
+    """`config.json`."""
+
+    format_version: int
+    """Layout of the folder and of this file."""
+    name: str
+    """Name by which requests choose the model."""
+    language: str
+    """BCP-47 tag."""
+    features: FeatureSettings
+    """The front end the model was trained with."""
+    tokens: tuple[str, ...]
+    """Token list of the first head; the blank is token 0."""
+    phones: tuple[str, ...]
+    """Phone list of the second head; the blank is phone 0."""
+    subsampling: int
+    """Feature frames for each output frame."""
+    decoder: DecoderSettings
+    """Defaults of the beam search."""
+    files: Mapping[str, str]
+    """SHA-256 of every other file, by path inside the folder."""
+    provenance: Mapping[str, Any]
+    """Where the model comes from: data, hours, licences, measured error rates."""
+
+    @model_validator(mode="after")
+    def _blank_comes_first(self) -> BundleConfig:
+        if self.tokens[BLANK] != BLANK_TOKEN or self.phones[BLANK] != BLANK_TOKEN:
+            raise ValueError(f"token 0 and phone 0 must be {BLANK_TOKEN}")
+        return self
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds of one output frame."""
+        return self.subsampling * self.features.hop_ms / 1000
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A checked bundle on disk."""
+
+    folder: Path
+    config: BundleConfig
+
+    @property
+    def offline_graph(self) -> Path:
+        """The full-context acoustic model."""
+        return self.folder / OFFLINE_GRAPH
+
+    @property
+    def lm_binary(self) -> Path | None:
+        """The KenLM binary, where the bundle has a language model."""
+        return self.folder / LM_BINARY if LM_BINARY in self.config.files else None
+
+    def read_words(self) -> list[str]:
+        """The language model's word list; empty where there is no language model."""
+        if self.lm_binary is None:
+            return []
+        return (self.folder / LM_WORDS).read_text(encoding="utf-8").split()
+
+
+def load_bundle(folder: Path) -> Bundle:
+    """Read and check a bundle.
+
+    Raises:
+        BundleError: it is missing, incomplete, altered, or of another format.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{folder} is no bundle: cannot read {path} ({error}); "
+            "name a folder that `voxgate export` wrote"
+        ) from error
+    config = _parse_config(text, path)
+    for name, expected in config.files.items():
+        _check_file(folder, name, expected)
+    if OFFLINE_GRAPH not in config.files:
+        raise BundleError(f"{path} lists no {OFFLINE_GRAPH}; export the bundle again")
+    return Bundle(folder=folder, config=config)
+
+
+def find_bundle(requested: Path | None) -> Path:
+    """The bundle folder to use: the one asked for, $VOXGATE_BUNDLE, or the checkout's en-small.
+
+    Raises:
+        BundleError: none was asked for and neither default exists.
+    """
+    if requested is not None:
+        return requested
+    from_environment = os.environ.get(BUNDLE_VARIABLE)
+    if from_environment:
+        return Path(from_environment)
+    checkout = Path(service.__file__).resolve().parent.parent
+    shipped = checkout / "bundles" / "en-small"
+    if not shipped.is_dir():
+        raise BundleError(
+            f"no bundle: {BUNDLE_VARIABLE} is not set and {shipped} does not exist; "
+            "name one with --bundle DIR"
+        )
+    return shipped
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _parse_config(text: str, path: Path) -> BundleConfig:
+    try:
+        config = BundleConfig.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise BundleError(
+            f"{path} does not fit this version of Voxgate: {where}: {first['msg']}; "
+            "export the bundle again"
+        ) from error
+    if config.format_version != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {config.format_version}, this Voxgate reads "
+            f"{FORMAT_VERSION}; export the bundle again or use the Voxgate that wrote it"
+        )
+    return config
+
+
+def _check_file(folder: Path, name: str, expected: str) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise BundleError(f"{path} is missing from the bundle; copy the whole folder again")
+    if hash_file(path) != expected:
+        raise BundleError(
+            f"{path} was altered or damaged: its hash is not the one in {CONFIG_NAME}; "
+            "copy the bundle again, or export it again after a change"
+        )

@@ -1,0 +1,58 @@
+"""What every decoder takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Word:
+    """One recognised word and where it was heard."""
+
+    text: str
+    start_frame: int
+    """Output frame of its first token."""
+    end_frame: int
+    """Output frame after its last token."""
+    confidence: float
+    """Between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One reading of an emission."""
+
+    words: tuple[Word, ...]
+    score: float
+    """Log score, comparable between the hypotheses of one emission only."""
+
+    @property
+    def text(self) -> str:
+        """The words, separated by single spaces."""
+        return " ".join(word.text for word in self.words)
+
+    @property
+    def confidence(self) -> float:
+        """Mean confidence of the words; 0 without words."""
+        if not self.words:
+            return 0.0
+        return sum(word.confidence for word in self.words) / len(self.words)
+
+
+class Decoder(Protocol):
+    """Searches the emission of one utterance."""
+
+    def decode(self, emission: FloatArray, *, n_best: int = 1) -> list[Hypothesis]:
+        """Return the best hypotheses, best first, at least one, at most `n_best`.
+
+        Args:
+            emission: log_probs of one utterance, float32, (frames, token); no frames are allowed.
+            n_best: how many hypotheses are wanted.
+        """
+        ...

@@ -1,0 +1,93 @@
+"""Beam search with a KenLM word n-gram by pyctcdecode: the reference decoder."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import kenlm
+import numpy as np
+from pyctcdecode.alphabet import Alphabet
+from pyctcdecode.decoder import BeamSearchDecoderCTC, OutputBeam
+from pyctcdecode.language_model import LanguageModel
+
+from service.decoding.hypothesis import FloatArray, Hypothesis, Word
+from service.text import BLANK_TOKEN
+
+logging.getLogger("pyctcdecode").setLevel(logging.ERROR)  # it warns of what is meant here
+
+
+class ReferenceDecoder:
+    """CTC prefix beam search with shallow fusion."""
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        *,
+        lm_path: Path | None = None,
+        words: Sequence[str] = (),
+        beam_width: int = 100,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        unknown_score: float = -10.0,
+        beam_prune_log_prob: float = -10.0,
+        token_min_log_prob: float = -5.0,
+    ) -> None:
+        """Load the language model.
+
+        Args:
+            tokens: token list, blank first.
+            lm_path: KenLM binary; None searches without a language model.
+            words: the word list of the language model (a binary does not hold it).
+            beam_width: hypotheses kept after each frame.
+            alpha: weight of the language model's log probability.
+            beta: added for each word.
+            unknown_score: added for a word outside the word list, log10.
+            beam_prune_log_prob: beams this far below the best are dropped, natural log.
+            token_min_log_prob: tokens below this in a frame are not followed, natural log.
+        """
+        labels = ["" if token == BLANK_TOKEN else token for token in tokens]
+        language_model = None
+        if lm_path is not None:
+            language_model = LanguageModel(
+                kenlm.Model(str(lm_path)),
+                unigrams=words,
+                alpha=alpha,
+                beta=beta,
+                unk_score_offset=unknown_score,
+            )
+        self._tokens = {token: i for i, token in enumerate(tokens)}
+        self._search = BeamSearchDecoderCTC(Alphabet(labels, False), language_model)
+        self._beam_width = beam_width
+        self._beam_prune_log_prob = beam_prune_log_prob
+        self._token_min_log_prob = token_min_log_prob
+
+    def decode(self, emission: FloatArray, *, n_best: int = 1) -> list[Hypothesis]:
+        """Return the best beams with distinct texts, best first; see `Decoder`."""
+        if len(emission) == 0:
+            return [Hypothesis(words=(), score=0.0)]
+        beams: list[OutputBeam] = self._search.decode_beams(
+            emission,
+            beam_width=self._beam_width,
+            beam_prune_logp=self._beam_prune_log_prob,
+            token_min_logp=self._token_min_log_prob,
+        )
+        return [self._to_hypothesis(beam, emission) for beam in beams[:n_best]]
+
+    def _to_hypothesis(self, beam: OutputBeam, emission: FloatArray) -> Hypothesis:
+        words = tuple(
+            Word(
+                text=text,
+                start_frame=start,
+                end_frame=end,
+                confidence=self._confidence(text, emission[start:end]),
+            )
+            for text, (start, end) in beam.text_frames
+        )
+        return Hypothesis(words=words, score=float(beam.lm_score))
+
+    def _confidence(self, text: str, frames: FloatArray) -> float:
+        """Geometric mean, over the word's characters, of the best probability in its frames."""
+        peaks = frames.max(axis=0) if len(frames) else np.full(len(self._tokens), -np.inf)
+        return float(np.exp(np.mean([peaks[self._tokens[character]] for character in text])))

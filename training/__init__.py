@@ -1,0 +1,1 @@
+"""Everything that turns recordings and text into a trained model."""

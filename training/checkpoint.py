@@ -1,0 +1,98 @@
+"""Checkpoints: everything an exact continuation needs, written whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from service.errors import TrainingError
+
+FORMAT_VERSION: Final = 1
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is."""
+
+    epoch: int = 0
+    """The pass being made, from 0."""
+    batch: int = 0
+    """Batches of this pass already trained on, per process."""
+    step: int = 0
+    """Optimiser steps since the start."""
+    audio_s: float = 0.0
+    """Audio trained on since the start, seconds."""
+    best_cer: float = float("inf")
+    """Lowest character error rate on the development set."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One file of a run."""
+
+    settings: State
+    """The settings of the run, as plain data."""
+    tokens: Sequence[str]
+    """Token list, blank first."""
+    phones: Sequence[str]
+    """Phone list, blank first."""
+    averaged: State
+    """Averaged weights: what is evaluated and exported."""
+    progress: Progress
+    """Where the run is."""
+    model: State | None = None
+    """The weights being trained; None in a weights-only checkpoint."""
+    optimiser: State | None = None
+    """Optimiser state; None in a weights-only checkpoint."""
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint so that `path` always holds a whole one."""
+    unfinished = path.with_suffix(".unfinished")
+    fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    fields["progress"] = asdict(checkpoint.progress)
+    torch.save({"format_version": FORMAT_VERSION, **fields}, unfinished)
+    unfinished.replace(path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU; half-precision weights become float32.
+
+    Raises:
+        TrainingError: the file is missing, is no checkpoint or has another format version.
+    """
+    try:
+        fields = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise TrainingError(f"there is no checkpoint {path}") from error
+    except Exception as error:  # torch raises whatever the damaged bytes provoke
+        raise TrainingError(f"{path} cannot be read as a checkpoint: {error}") from error
+    version = fields.pop("format_version", None) if isinstance(fields, dict) else None
+    if version != FORMAT_VERSION:
+        raise TrainingError(
+            f"{path} has checkpoint format {version}, expected {FORMAT_VERSION}; "
+            "export it with the Voxgate version that wrote it"
+        )
+    fields["averaged"] = {name: value.float() for name, value in fields["averaged"].items()}
+    return Checkpoint(**{**fields, "progress": Progress(**fields["progress"])})
+
+
+def save_weights(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the averaged weights alone, in half precision: what a fine-tuning run starts from."""
+    halved = {name: value.half() for name, value in checkpoint.averaged.items()}
+    save_checkpoint(
+        Checkpoint(
+            settings=checkpoint.settings,
+            tokens=checkpoint.tokens,
+            phones=checkpoint.phones,
+            averaged=halved,
+            progress=checkpoint.progress,
+        ),
+        path,
+    )

@@ -1,0 +1,188 @@
+"""The settings of a training run: one TOML file, changed by `key=value` arguments.
+
+Paths are relative to the current folder. Every field has a unit and a meaning; a wrong name or
+value is refused before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from service.errors import TrainingError
+from service.features import FeatureSettings
+from training.model import Cell
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(_Settings):
+    """What is trained on."""
+
+    train: tuple[Path, ...]
+    """Manifests of the training set."""
+    dev: tuple[Path, ...]
+    """Manifests of the development set; its speakers must not be in the training set."""
+    corpora: tuple[str, ...] = ()
+    """Corpora of the training manifests that are used; none named means all."""
+    cache: Path = Path("runs/features")
+    """Folder of the computed features; they are computed once and found again."""
+    longest_s: float = Field(default=20.0, gt=0)
+    """Longer training utterances are left out, seconds."""
+    shortest_s: float = Field(default=0.3, ge=0)
+    """Shorter training utterances are left out, seconds."""
+    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    """Speed perturbation: each pass plays an utterance at one of these, drawn at random."""
+    n_jobs: int = Field(default=2, ge=1)
+    """Processes that compute features."""
+
+
+class ModelSettings(_Settings):
+    """The acoustic model; the fields are the arguments of `AcousticModel`."""
+
+    cell: Cell = "lstm"
+    """Kind of recurrent cell."""
+    n_layers: int = Field(default=4, ge=1)
+    """Recurrent layers."""
+    hidden_size: int = Field(default=320, ge=1)
+    """Units of one direction of a layer."""
+    bidirectional: bool = True
+    """Whether a layer also reads from the end to the start."""
+    subsampling: Literal[2, 3, 4] = 4
+    """Feature frames (10 ms) for each output frame."""
+    n_channels: int = Field(default=32, ge=1)
+    """Channels of the two convolutions."""
+    dropout: float = Field(default=0.2, ge=0, lt=1)
+    """Dropout on the output of every layer."""
+
+
+class AugmentSettings(_Settings):
+    """Augmentation of the features of each training batch."""
+
+    n_frequency_masks: int = Field(default=2, ge=0)
+    """SpecAugment frequency masks an utterance."""
+    frequency_width: int = Field(default=15, ge=0)
+    """The widest frequency mask, mel bands."""
+    time_masks_per_s: float = Field(default=0.6, ge=0)
+    """SpecAugment time masks a second of audio."""
+    time_width_frames: int = Field(default=25, ge=0)
+    """The longest time mask, feature frames of 10 ms."""
+    time_share: float = Field(default=0.1, ge=0, le=1)
+    """The most of an utterance that one time mask covers, a fraction."""
+    level_db: float = Field(default=4.0, ge=0)
+    """Standard deviation of the random change in level, decibels."""
+    tilt_db: float = Field(default=4.0, ge=0)
+    """Standard deviation of the random change between the lowest and highest band, decibels."""
+
+
+class OptimiserSettings(_Settings):
+    """AdamW, its schedule, and what a step is."""
+
+    n_epochs: int = Field(default=60, ge=1)
+    """Passes over the training set; the schedule ends with the last one."""
+    batch_s: float = Field(default=160.0, gt=0)
+    """Audio in one step, summed over all processes, seconds; padding is not counted."""
+    learning_rate: float = Field(default=1.5e-3, gt=0)
+    """The highest learning rate."""
+    final_learning_rate: float = Field(default=1e-5, ge=0)
+    """The learning rate at the end of the cosine."""
+    n_warmup_steps: int = Field(default=500, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled weight decay of the weight matrices."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    phone_weight: float = Field(default=0.5, ge=0, le=1)
+    """Share of the phone head in the loss; the token head has the rest."""
+    average_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the exponential moving average of the weights, per step."""
+    n_sorted_epochs: int = Field(default=1, ge=0)
+    """First passes in which short utterances come first."""
+
+
+class RunSettings(_Settings):
+    """Where a run lives and how it proceeds."""
+
+    directory: Path = Path("runs/train")
+    """Folder of the checkpoints, logs and TensorBoard events."""
+    seed: int = 1
+    """Seed of every random draw."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` times one step in each type and takes the faster."""
+    n_threads: int = Field(default=0, ge=0)
+    """Threads of one process; 0 leaves it to torch."""
+    checkpoint_every_s: float = Field(default=300.0, gt=0)
+    """Seconds between two checkpoints inside a pass."""
+    evaluate_every_epochs: int = Field(default=1, ge=1)
+    """Passes between two evaluations on the development set."""
+    initial_checkpoint: Path | None = None
+    """Checkpoint whose weights the run starts from (fine-tuning)."""
+
+
+class TrainingSettings(_Settings):
+    """Everything a run needs to know."""
+
+    data: DataSettings
+    features: FeatureSettings = FeatureSettings()
+    model: ModelSettings = ModelSettings()
+    augment: AugmentSettings = AugmentSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _speeds_include_normal(self) -> TrainingSettings:
+        if 1.0 not in self.data.speeds:
+            raise ValueError(f"data.speeds is {self.data.speeds}; 1.0 must be one of them")
+        return self
+
+
+def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainingSettings:
+    """Read a TOML file and apply `section.key=value` overrides; a value is written as in TOML.
+
+    Raises:
+        TrainingError: the file or an override cannot be read, or a setting is unknown or wrong.
+    """
+    try:
+        tree: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"cannot read the settings {path}: {error}") from error
+    for override in overrides:
+        _apply(override, tree)
+    try:
+        return TrainingSettings.model_validate(tree)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
+        )
+        raise TrainingError(f"the settings of {path} do not fit: {problems}") from error
+
+
+def _apply(override: str, tree: dict[str, Any]) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise TrainingError(f"{override!r} is no setting; expected section.key=value")
+    *sections, name = key.split(".")
+    node = tree
+    for section in sections:
+        node = node.setdefault(section, {})
+        if not isinstance(node, dict):
+            raise TrainingError(f"{override!r}: {section} is a value, not a section")
+    node[name] = _parse_value(text)
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word, such as a path or a cell name

@@ -1,0 +1,114 @@
+"""Stored features: computed once, found again, read without copying.
+
+One folder holds the features of one set of cuts at one speed, in parts of a few hundred
+utterances: `N.npy` has the frames of all of them, float16, one after another, and `N.json` says
+where each begins. A part appears only when it is whole, so an interrupted computation goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from lhotse import CutSet, MonoCut
+from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
+from torch import Tensor
+from tqdm import tqdm
+
+from service.features import FeatureSettings, log_mel
+
+_PART_CUTS: Final = 250
+
+
+class FeatureStore:
+    """Random access to the stored features of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._places: dict[str, tuple[int, int, int]] = {}  # id → part, first frame, frames
+        for index in folder.glob("*.json"):
+            for utterance_id, (first, n_frames) in json.loads(index.read_text()).items():
+                self._places[utterance_id] = (int(index.stem), first, n_frames)
+        self._frames: dict[int, npt.NDArray[np.float16]] = {}
+
+    def __contains__(self, utterance_id: str) -> bool:
+        return utterance_id in self._places
+
+    def load(self, utterance_id: str) -> Tensor:
+        """Log-mel energies of one utterance, float32, (time, mel)."""
+        part, first, n_frames = self._places[utterance_id]
+        if part not in self._frames:
+            self._frames[part] = np.load(self._folder / f"{part}.npy", mmap_mode="r")
+        return torch.from_numpy(self._frames[part][first : first + n_frames].astype(np.float32))
+
+    def statistics(self, utterance_ids: Sequence[str], n_sampled: int = 500) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each band over evenly spaced utterances, each (mel,)."""
+        step = max(1, len(utterance_ids) // n_sampled)
+        frames = torch.cat([self.load(i) for i in utterance_ids[::step]]).double()
+        return frames.mean(dim=0).float(), frames.std(dim=0).float().clamp(min=1e-2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the open files behind when a store goes to another process."""
+        return {**self.__dict__, "_frames": {}}
+
+
+def store_features(
+    cuts: CutSet, *, speed: float, settings: FeatureSettings, cache: Path, n_jobs: int
+) -> FeatureStore:
+    """Compute the features of cuts played at `speed`, or find those computed before.
+
+    Args:
+        cuts: whole recordings at any sample rate; they are resampled.
+        speed: playing speed; 1.1 is a tenth faster and higher.
+        settings: the feature definition.
+        cache: folder that holds the stores.
+        n_jobs: processes to use.
+    """
+    folder = cache / _store_name(cuts, speed=speed, settings=settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    played = list(cuts.resample(settings.sample_rate).perturb_speed(speed, affix_id=False))
+    parts = {n: played[i : i + _PART_CUTS] for n, i in enumerate(range(0, len(played), _PART_CUTS))}
+    missing = [n for n in parts if not (folder / f"{n}.json").exists()]
+    if missing:
+        compute = functools.partial(_store_part, folder, settings)
+        with ProcessPoolExecutor(n_jobs, mp_context=get_context("spawn")) as pool:
+            done = pool.map(compute, missing, [parts[n] for n in missing])
+            list(tqdm(done, f"features at speed {speed}", len(missing), unit="part"))
+    return FeatureStore(folder)
+
+
+def _store_part(folder: Path, settings: FeatureSettings, part: int, cuts: list[MonoCut]) -> None:
+    torch.set_num_threads(1)
+    set_current_audio_backend(LibsndfileBackend())
+    index: dict[str, tuple[int, int]] = {}
+    blocks: list[npt.NDArray[np.float16]] = []
+    first = 0
+    for cut in cuts:
+        waveform = np.asarray(cut.load_audio(), dtype=np.float32).reshape(-1)
+        frames = log_mel(waveform, settings).astype(np.float16)
+        index[cut.id] = (first, len(frames))
+        blocks.append(frames)
+        first += len(frames)
+    unfinished = folder / f"{part}.unfinished.npy"
+    np.save(unfinished, np.concatenate(blocks))
+    unfinished.rename(folder / f"{part}.npy")
+    unfinished_index = folder / f"{part}.unfinished"
+    unfinished_index.write_text(json.dumps(index))
+    unfinished_index.rename(folder / f"{part}.json")
+
+
+def _store_name(cuts: CutSet, *, speed: float, settings: FeatureSettings) -> str:
+    digest = hashlib.sha256(settings.model_dump_json().encode())
+    for cut in cuts:
+        source = Path(cut.recording.sources[0].source).resolve()
+        digest.update(f"{cut.id} {source} {cut.recording.num_samples}\n".encode())
+    return f"{digest.hexdigest()[:16]}-{speed}"

@@ -1,0 +1,77 @@
+"""The training criterion: CTC on both heads, in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import ctc_loss
+
+from service.text import BLANK
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Summed negative log likelihoods of a batch and the labels they are shared by."""
+
+    token_nll: Tensor
+    """Of the token head, scalar."""
+    phone_nll: Tensor
+    """Of the phone head over the utterances that are not masked, scalar."""
+    n_tokens: Tensor
+    """Tokens in the batch, scalar."""
+    n_phones: Tensor
+    """Phones in the batch, scalar."""
+    blank_share: Tensor
+    """Share of frames whose best token is the blank, scalar."""
+
+    def combine(self, phone_weight: float) -> Tensor:
+        """Weighted sum of the two losses, each per label."""
+        token_loss = self.token_nll / self.n_tokens.clamp(min=1)
+        phone_loss = self.phone_nll / self.n_phones.clamp(min=1)
+        return (1 - phone_weight) * token_loss + phone_weight * phone_loss
+
+
+def compute_losses(
+    token_logits: Tensor,
+    phone_logits: Tensor,
+    lengths: Tensor,
+    *,
+    tokens: Tensor,
+    token_lengths: Tensor,
+    phones: Tensor,
+    phone_lengths: Tensor,
+) -> Losses:
+    """CTC of both heads.
+
+    Args:
+        token_logits: raw, (batch, frames, token).
+        phone_logits: raw, (batch, frames, phone).
+        lengths: frames of each utterance, int64, (batch,).
+        tokens: token ids, int64, (batch, label), padded.
+        token_lengths: int64, (batch,).
+        phones: phone ids, int64, (batch, label), padded.
+        phone_lengths: int64, (batch,); 0 masks the utterance.
+    """
+    inside = torch.arange(token_logits.shape[1], device=lengths.device) < lengths.unsqueeze(1)
+    blank = (token_logits.argmax(-1) == BLANK) & inside
+    said = phone_lengths > 0
+    return Losses(
+        token_nll=_ctc(token_logits, lengths, tokens, token_lengths),
+        phone_nll=(
+            _ctc(phone_logits[said], lengths[said], phones[said], phone_lengths[said])
+            if said.any()
+            else phone_logits.sum() * 0.0
+        ),
+        n_tokens=token_lengths.sum(),
+        n_phones=phone_lengths.sum(),
+        blank_share=blank.sum() / inside.sum(),
+    )
+
+
+def _ctc(logits: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # ctc_loss wants time first
+    return ctc_loss(
+        log_probs, labels, lengths, label_lengths, blank=BLANK, reduction="sum", zero_infinity=True
+    )

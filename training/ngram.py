@@ -1,0 +1,165 @@
+"""Word n-gram language models: text in, a KenLM binary and its word list out."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final
+
+from tqdm import tqdm
+
+from service.errors import InputError, MissingExtraError, TrainingError
+from service.text import normalise
+
+BINARY_NAME: Final = "lm.binary"
+WORDS_NAME: Final = "words.txt"
+HIGHEST_ORDER: Final = 6
+
+
+@dataclass(frozen=True)
+class NgramReport:
+    """What was built."""
+
+    n_lines: int
+    """Sentences read."""
+    n_words: int
+    """Running words."""
+    n_types: int
+    """Words in the word list."""
+    coverage: float
+    """Share of the running words that the word list covers."""
+    n_bytes: int
+    """Size of the binary."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.n_lines:,} sentences, {self.n_words:,} words; word list of {self.n_types:,} "
+            f"covers {self.coverage:.2%}; binary {self.n_bytes / 1e6:.1f} MB"
+        )
+
+
+def build_ngram(
+    texts: Sequence[Path],
+    output: Path,
+    *,
+    order: int,
+    prune: Sequence[int] = (0,),
+    n_words: int | None = None,
+    min_count: int = 1,
+    quantise_bits: int | None = None,
+    keep_arpa: bool = False,
+) -> NgramReport:
+    """Estimate a modified Kneser-Ney model and write it as a KenLM trie with its word list.
+
+    Args:
+        texts: plain, gzip or xz files, one sentence a line; normalised as the tokens are.
+        output: folder that gets `lm.binary` and `words.txt`; made if it does not exist.
+        order: longest n-gram, 2 to 6.
+        prune: for each order from 1, n-grams that occur this often or less are dropped; the last
+            value holds for all higher orders.
+        n_words: the most words in the word list, the frequent ones first; None takes all.
+        min_count: a word that occurs less often is left out of the word list.
+        quantise_bits: bits of a stored probability and back-off; None keeps float32.
+        keep_arpa: also write `lm.arpa.gz`.
+
+    Raises:
+        MissingExtraError: lmplz or build_binary is not installed.
+        InputError: a text cannot be read or holds no word.
+        TrainingError: the tools failed; the message ends with what they printed.
+    """
+    if not 2 <= order <= HIGHEST_ORDER:
+        raise InputError(f"order is {order}, expected 2 to {HIGHEST_ORDER}")
+    lmplz, build_binary = _find_tool("lmplz"), _find_tool("build_binary")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        corpus = Path(folder) / "corpus.txt"
+        counts, n_lines = _write_corpus(texts, corpus)
+        words = _choose_words(counts, n_words=n_words, min_count=min_count)
+        (Path(folder) / WORDS_NAME).write_text("\n".join(words) + "\n", encoding="utf-8")
+        arpa = Path(folder) / "lm.arpa"
+        pruning = [str(n) for n in (*prune, *[prune[-1]] * order)[:order]]
+        estimate = [lmplz, "-o", str(order), "--prune", *pruning, "-S", "2G", "-T", folder]
+        estimate += ["--limit_vocab_file", f"{folder}/{WORDS_NAME}", "--discount_fallback"]
+        _run([*estimate, "--text", str(corpus), "--arpa", str(arpa)])
+        binary = Path(folder) / BINARY_NAME
+        quantise = ["-q", str(quantise_bits), "-b", str(quantise_bits)] if quantise_bits else []
+        _run([build_binary, *quantise, "-a", "255", "trie", str(arpa), str(binary)])
+        if keep_arpa:
+            with arpa.open("rb") as source, gzip.open(output / "lm.arpa.gz", "wb") as target:
+                shutil.copyfileobj(source, target)
+        for name in (BINARY_NAME, WORDS_NAME):
+            (Path(folder) / name).replace(output / name)
+    total = sum(counts.values())
+    return NgramReport(
+        n_lines=n_lines,
+        n_words=total,
+        n_types=len(words),
+        coverage=sum(counts[word] for word in words) / total,
+        n_bytes=(output / BINARY_NAME).stat().st_size,
+    )
+
+
+def _write_corpus(texts: Sequence[Path], corpus: Path) -> tuple[Counter[str], int]:
+    """Write the normalised sentences to one file and count their words."""
+    counts: Counter[str] = Counter()
+    n_lines = 0
+    with corpus.open("w", encoding="utf-8") as target:
+        for line in tqdm(_read_lines(texts), "reading text", unit=" lines", mininterval=1.0):
+            sentence = normalise(line)
+            if sentence:
+                target.write(sentence + "\n")
+                counts.update(sentence.split())
+                n_lines += 1
+    if not counts:
+        raise InputError(f"no words in {[str(t) for t in texts]}; expected a sentence a line")
+    return counts, n_lines
+
+
+def _read_lines(texts: Sequence[Path]) -> Iterator[str]:
+    for path in texts:
+        try:
+            with _open_text(path) as lines:
+                yield from lines
+        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+            raise InputError(f"cannot read the text {path}: {error}") from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _choose_words(counts: Counter[str], *, n_words: int | None, min_count: int) -> list[str]:
+    """The frequent words, in alphabetical order; equal counts are chosen alphabetically."""
+    ranked = sorted((-n, word) for word, n in counts.items() if n >= min_count)
+    if not ranked:
+        raise InputError(f"no word occurs {min_count} times; lower the minimum count")
+    return sorted(word for _, word in ranked[:n_words])
+
+
+def _find_tool(name: str) -> str:
+    beside_python = shutil.which(name, path=str(Path(sys.prefix) / "bin"))
+    found = beside_python or shutil.which(name)
+    if found is None:
+        raise MissingExtraError(
+            f"{name} is not installed; build it from the checkout with: "
+            f"training/install_lmplz.sh {sys.executable}"
+        )
+    return found
+
+
+def _run(command: Sequence[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise TrainingError(f"{command[0]} failed: {result.stderr.strip()[-2000:]}")

@@ -1,0 +1,438 @@
+"""Training of the acoustic model: one loop, from manifests to checkpoints.
+
+A run lives in one folder: `last.pt` (everything an exact continuation needs), `best.pt` (lowest
+development character error rate), `settings.json`, `dev.jsonl` (a line an evaluation) and
+TensorBoard events. Started again, it goes on where it stopped; the dropout and masks of a step
+depend on the seed and the step alone, so the continuation equals an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from lhotse import CutSet
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+
+from service.errors import TrainingError
+from service.text import CHARACTERS
+from training.augment import shift_level, spec_augment
+from training.checkpoint import (
+    Checkpoint,
+    Progress,
+    load_checkpoint,
+    save_checkpoint,
+)
+from training.config import AugmentSettings, TrainingSettings
+from training.data import Batch, BatchStream, Labels, load_batches, make_labels, read_cuts
+from training.distributed import World, join_world
+from training.evaluation import errors_by_corpus, greedy_transcripts
+from training.feature_store import FeatureStore, store_features
+from training.lexicon import PHONES, load_dictionary
+from training.loss import Losses, compute_losses
+from training.model import AcousticModel
+from training.precision import choose_precision, device_name
+from training.schedule import learning_rate
+
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S: Final = 10.0
+_DEV_BATCH_S: Final = 200.0
+
+
+def train(settings: TrainingSettings) -> Progress:
+    """Train, or go on training, until the last pass is done or the process is asked to stop.
+
+    Raises:
+        TrainingError: the data or settings cannot be trained on, or the folder holds another run.
+    """
+    with join_world() as world:
+        if settings.run.n_threads:
+            torch.set_num_threads(settings.run.n_threads)
+        return _Run(settings, world).train()
+
+
+@dataclass(frozen=True)
+class _Corpus:
+    """Cuts, their labels, and their features at each speed (the first is normal speed)."""
+
+    cuts: CutSet
+    labels: Mapping[str, Labels]
+    stores: Sequence[FeatureStore]
+
+    @property
+    def hours(self) -> float:
+        return sum(cut.duration for cut in self.cuts if cut.id in self.labels) / 3600
+
+
+class _Run:
+    def __init__(self, settings: TrainingSettings, world: World) -> None:
+        self.settings = settings
+        self.world = world
+        self.directory = settings.run.directory
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.dev = self._prepare(settings.data.dev, is_train=False)
+        self.corpus = self._prepare(settings.data.train, is_train=True)
+        _refuse_shared_speakers(self.corpus.cuts, self.dev.cuts)
+        torch.manual_seed(settings.run.seed)
+        self.model = self._new_model().to(world.device)
+        self.averaged = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.optimiser.average_decay)
+        )
+        self.optimiser = _new_optimiser(self.model, settings)
+        self.progress = self._restore()
+        self.dtype = world.broadcast(self._choose_precision())
+        self.parallel: nn.Module = (
+            DistributedDataParallel(self.model) if world.size > 1 else self.model
+        )
+        self.stop = threading.Event()
+
+    def train(self) -> Progress:
+        options = self.settings.optimiser
+        writer = SummaryWriter(str(self.directory)) if self.world.is_main else None
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda *_: self.stop.set())
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        self._say(
+            f"{n_parameters / 1e6:.1f} M parameters, {self.corpus.hours:.1f} hours, "
+            f"{options.n_epochs} passes, {self.world.size} process(es) on {device_name()}"
+        )
+        last_saved = time.monotonic()
+        while self.progress.epoch < options.n_epochs:
+            stream = self._stream()
+            n_batches = len(stream.plan())
+            meter = _Meter(n_batches=n_batches, n_epochs=options.n_epochs)
+            for batch in load_batches(stream):
+                losses, norm = self._step(batch, n_batches=n_batches)
+                audio_s = float(batch.feature_lengths.sum()) * self._frame_s * self.world.size
+                self.progress = replace(
+                    self.progress,
+                    batch=self.progress.batch + 1,
+                    step=self.progress.step + 1,
+                    audio_s=self.progress.audio_s + audio_s,
+                )
+                meter.add(losses, norm=norm, audio_s=audio_s)
+                if meter.is_due() and writer is not None:
+                    self._say(meter.report(self.progress, writer))
+                if self._agreed_to_stop():
+                    self._save("last.pt")
+                    self._say(f"stopped at step {self.progress.step}; start again to go on")
+                    return self.progress
+                if time.monotonic() - last_saved > self.settings.run.checkpoint_every_s:
+                    self._save("last.pt")
+                    last_saved = time.monotonic()
+            self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
+            if self._evaluation_is_due():
+                self._evaluate(writer)
+            self._save("last.pt")
+        return self.progress
+
+    def _step(self, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
+        """One optimiser step on this process's batch; gradients are averaged over processes."""
+        options = self.settings.optimiser
+        done = self.progress.epoch + self.progress.batch / n_batches
+        rate = learning_rate(
+            self.progress.step,
+            progress=done / options.n_epochs,
+            n_warmup_steps=options.n_warmup_steps,
+            highest=options.learning_rate,
+            final=options.final_learning_rate,
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        seed = self.settings.run.seed * 1_000_003 + self.progress.step
+        torch.manual_seed(seed * self.world.size + self.world.rank)
+        self.parallel.train()
+        losses = self._forward(batch, self.parallel, self.dtype)
+        shared = replace(
+            losses,
+            n_tokens=self.world.sum(losses.n_tokens) / self.world.size,
+            n_phones=self.world.sum(losses.n_phones) / self.world.size,
+        )
+        self.optimiser.zero_grad()
+        shared.combine(options.phone_weight).backward()  # type: ignore[no-untyped-call]  # torch
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+        if torch.isfinite(norm):
+            self.optimiser.step()
+            self.averaged.update_parameters(self.model)
+        else:
+            self._say(f"step {self.progress.step}: the gradient is not finite; step left out")
+        return losses, float(norm)
+
+    def _forward(self, batch: Batch, model: nn.Module, dtype: torch.dtype) -> Losses:
+        device = self.world.device
+        features = _augment(batch, self.model.feature_mean.cpu(), self.settings.augment)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            token_logits, phone_logits, lengths = model(
+                features.to(device), batch.feature_lengths.to(device)
+            )
+        return compute_losses(
+            token_logits,
+            phone_logits,
+            lengths,
+            tokens=batch.tokens.to(device),
+            token_lengths=batch.token_lengths.to(device),
+            phones=batch.phones.to(device),
+            phone_lengths=batch.phone_lengths.to(device),
+        )
+
+    def _evaluate(self, writer: SummaryWriter | None) -> None:
+        """Score the averaged weights on the development set; keep them if they are the best."""
+        averaged = self.averaged.module
+        assert isinstance(averaged, AcousticModel)
+        batches = BatchStream(
+            self.dev.cuts, self.dev.labels, self.dev.stores, batch_s=_DEV_BATCH_S, seed=0, epoch=0
+        )
+        transcripts = greedy_transcripts(averaged, batches, tokens=CHARACTERS, world=self.world)
+        counts = errors_by_corpus(
+            transcripts,
+            references={cut.id: cut.supervisions[0].text for cut in self.dev.cuts},
+            corpora={cut.id: cut.supervisions[0].custom["corpus"] for cut in self.dev.cuts},
+        )
+        total = counts[""]
+        if total.cer < self.progress.best_cer:
+            self.progress = replace(self.progress, best_cer=total.cer)
+            self._save("best.pt")
+        if writer is None:
+            return
+        row = {
+            "epoch": self.progress.epoch,
+            "audio_h": round(self.progress.audio_s / 3600, 2),
+            **{corpus or "total": {"wer": c.wer, "cer": c.cer} for corpus, c in counts.items()},
+        }
+        with (self.directory / "dev.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        for corpus, c in counts.items():
+            writer.add_scalar(f"dev/wer/{corpus or 'total'}", c.wer, self.progress.step)
+            writer.add_scalar(f"dev/cer/{corpus or 'total'}", c.cer, self.progress.step)
+        table = ", ".join(
+            f"{corpus or 'total'} {c.wer:.1%} / {c.cer:.1%}" for corpus, c in counts.items()
+        )
+        self._say(f"pass {self.progress.epoch}: dev greedy WER / CER: {table}")
+
+    def _prepare(self, manifests: Sequence[object], *, is_train: bool) -> _Corpus:
+        data = self.settings.data
+        cuts = read_cuts(manifests, corpora=data.corpora if is_train else ())
+        labels, report = make_labels(
+            cuts,
+            tokens=CHARACTERS,
+            dictionary=load_dictionary(),
+            subsampling=self.settings.model.subsampling,
+            frames_per_s=1 / self._frame_s,
+            fastest=max(data.speeds) if is_train else 1.0,
+            shortest_s=data.shortest_s if is_train else 0.0,
+            longest_s=data.longest_s if is_train else float("inf"),
+        )
+        self._say(f"{'train' if is_train else 'dev'}: {report}")
+        if not labels:
+            raise TrainingError("no utterance is left to train on or to evaluate; see the counts")
+        speeds = sorted(data.speeds, key=lambda s: s != 1.0) if is_train else [1.0]
+        for turn in range(self.world.size):  # one process computes, the others then find it
+            if turn == min(self.world.rank, 1):
+                stores = [
+                    store_features(
+                        cuts,
+                        speed=speed,
+                        settings=self.settings.features,
+                        cache=data.cache,
+                        n_jobs=data.n_jobs,
+                    )
+                    for speed in speeds
+                ]
+            self.world.gather(None)
+        return _Corpus(cuts, labels, stores)
+
+    def _new_model(self) -> AcousticModel:
+        model = AcousticModel(
+            n_mels=self.settings.features.n_mels,
+            n_tokens=len(CHARACTERS),
+            n_phones=len(PHONES),
+            **self.settings.model.model_dump(),
+        )
+        mean, std = self.corpus.stores[0].statistics(sorted(self.corpus.labels))
+        model.feature_mean.copy_(mean)
+        model.feature_std.copy_(std)
+        initial = self.settings.run.initial_checkpoint
+        if initial is not None:
+            model.load_state_dict(load_checkpoint(initial).averaged)
+        return model
+
+    def _restore(self) -> Progress:
+        """Continue from `last.pt` where there is one."""
+        plain = self.settings.model_dump(mode="json")
+        path = self.directory / "last.pt"
+        if not path.exists():
+            if self.world.is_main:
+                (self.directory / "settings.json").write_text(json.dumps(plain, indent=2) + "\n")
+            return Progress()
+        checkpoint = load_checkpoint(path)
+        if checkpoint.settings["model"] != plain["model"]:
+            raise TrainingError(
+                f"{self.directory} holds a run of another model; "
+                "choose another run.directory or delete it"
+            )
+        assert checkpoint.model is not None
+        assert checkpoint.optimiser is not None
+        self.model.load_state_dict(checkpoint.model)
+        self.averaged.module.load_state_dict(checkpoint.averaged)
+        self.averaged.n_averaged.fill_(checkpoint.progress.step)
+        self.optimiser.load_state_dict(checkpoint.optimiser)
+        self._say(f"going on at pass {checkpoint.progress.epoch}, step {checkpoint.progress.step}")
+        return checkpoint.progress
+
+    def _save(self, name: str) -> None:
+        if not self.world.is_main:
+            return
+        checkpoint = Checkpoint(
+            settings=self.settings.model_dump(mode="json"),
+            tokens=list(CHARACTERS),
+            phones=list(PHONES),
+            averaged=self.averaged.module.state_dict(),
+            progress=self.progress,
+            model=self.model.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+        )
+        save_checkpoint(checkpoint, self.directory / name)
+
+    def _stream(self) -> BatchStream:
+        options = self.settings.optimiser
+        return BatchStream(
+            self.corpus.cuts,
+            self.corpus.labels,
+            self.corpus.stores,
+            batch_s=options.batch_s,
+            seed=self.settings.run.seed,
+            epoch=self.progress.epoch,
+            first_batch=self.progress.batch,
+            shortest_first=self.progress.epoch < options.n_sorted_epochs,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+
+    def _choose_precision(self) -> torch.dtype:
+        batch = next(iter(self._stream()))
+        probe = nn.Module.train(self.model)
+
+        def step(dtype: torch.dtype) -> None:
+            losses = self._forward(batch, probe, dtype)
+            losses.combine(0.5).backward()  # type: ignore[no-untyped-call]  # torch
+            self.optimiser.zero_grad()
+
+        return choose_precision(step, self.settings.run.precision)
+
+    def _evaluation_is_due(self) -> bool:
+        every = self.settings.run.evaluate_every_epochs
+        is_last = self.progress.epoch == self.settings.optimiser.n_epochs
+        return is_last or self.progress.epoch % every == 0
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether any process was asked to stop; all must stop at the same step."""
+        if self.world.size == 1:
+            return self.stop.is_set()
+        return bool(self.world.sum(torch.tensor(float(self.stop.is_set()))) > 0)
+
+    def _say(self, message: str) -> None:
+        if self.world.is_main:
+            logger.info(message)
+
+    @property
+    def _frame_s(self) -> float:
+        return self.settings.features.hop_ms / 1000
+
+
+class _Meter:
+    """Averages since the last report, and the pace of this pass."""
+
+    def __init__(self, *, n_batches: int, n_epochs: int) -> None:
+        self._n_batches = n_batches
+        self._n_epochs = n_epochs
+        self._reported = time.monotonic()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._n_steps = 0
+        self._audio_s = 0.0
+        self._sums = dict.fromkeys(("loss/token", "loss/phone", "blank", "gradient norm"), 0.0)
+
+    def add(self, losses: Losses, *, norm: float, audio_s: float) -> None:
+        self._n_steps += 1
+        self._audio_s += audio_s
+        self._sums["loss/token"] += float(losses.token_nll / losses.n_tokens.clamp(min=1))
+        self._sums["loss/phone"] += float(losses.phone_nll / losses.n_phones.clamp(min=1))
+        self._sums["blank"] += float(losses.blank_share)
+        self._sums["gradient norm"] += norm
+
+    def is_due(self) -> bool:
+        return time.monotonic() - self._reported > _LOG_EVERY_S
+
+    def report(self, progress: Progress, writer: SummaryWriter) -> str:
+        """The progress line; also written to TensorBoard."""
+        now = time.monotonic()
+        elapsed_s = now - self._reported
+        means = {name: value / self._n_steps for name, value in self._sums.items()}
+        for name, value in means.items():
+            writer.add_scalar(f"train/{name}", value, progress.step)
+        pace = self._audio_s / elapsed_s
+        writer.add_scalar("train/audio seconds per second", pace, progress.step)
+        passes_left = self._n_epochs - progress.epoch - progress.batch / self._n_batches
+        left_s = passes_left * self._n_batches * elapsed_s / self._n_steps
+        self._reported = now
+        self._reset()
+        return (
+            f"pass {progress.epoch + 1}/{self._n_epochs} "
+            f"batch {progress.batch}/{self._n_batches} "
+            f"loss {means['loss/token']:.3f} tokens {means['loss/phone']:.3f} phones, "
+            f"blank {means['blank']:.0%}, gradient {means['gradient norm']:.2f}, "
+            f"{pace:.0f} s of audio/s, {_clock(left_s)} left"
+        )
+
+
+def _augment(batch: Batch, mean: Tensor, options: AugmentSettings) -> Tensor:
+    features = shift_level(batch.features, level_db=options.level_db, tilt_db=options.tilt_db)
+    return spec_augment(
+        features,
+        batch.feature_lengths,
+        fill=mean,
+        n_frequency_masks=options.n_frequency_masks,
+        frequency_width=options.frequency_width,
+        time_masks_per_s=options.time_masks_per_s,
+        time_width_frames=options.time_width_frames,
+        time_share=options.time_share,
+        frames_per_s=100.0,
+    )
+
+
+def _new_optimiser(model: AcousticModel, settings: TrainingSettings) -> torch.optim.AdamW:
+    """AdamW that decays weight matrices only, not biases or norms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.optimiser.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.optimiser.learning_rate, betas=(0.9, 0.98))
+
+
+def _refuse_shared_speakers(train: CutSet, dev: CutSet) -> None:
+    shared = {c.supervisions[0].speaker for c in train} & {c.supervisions[0].speaker for c in dev}
+    shared.discard("")
+    if shared:
+        raise TrainingError(
+            f"speakers {sorted(shared)[:5]} are in the training and the development set; "
+            "an error rate on them would be too good: move them to one side"
+        )
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
