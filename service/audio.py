@@ -34,7 +34,7 @@ HIGHEST_RATE: Final = 384_000
 MOST_CHANNELS: Final = 32
 
 _PUSH_BYTES: Final = 1 << 20
-_BLOCK_FRAMES: Final = 1 << 18
+_BLOCK_FRAMES: Final = 1 << 22  # soundfile seeks after each block, which mp3 pays for
 _SNIFF_BYTES: Final = 12
 _TEXT_BYTES: Final = 512
 _LONGEST_HEADER_BYTES: Final = 1 << 20
@@ -105,8 +105,9 @@ class AudioStream:
             if self._reader is None:
                 return np.zeros(0, np.float32)
             blocks.append(self._convert(self._reader, self._reader.push(self._head), is_last=False))
-        for frames in self._reader.finish():
-            blocks.append(self._convert(self._reader, frames, is_last=False))
+        blocks += [
+            self._convert(self._reader, frames, is_last=False) for frames in self._reader.finish()
+        ]
         nothing = np.zeros((0, 1), np.float32)
         blocks.append(self._convert(self._reader, nothing, is_last=True))
         return np.concatenate(blocks)

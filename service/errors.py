@@ -7,6 +7,7 @@
     │   └── ManifestError     a manifest line that cannot be read
     ├── BundleError           a model folder that is missing, altered or does not fit
     ├── ProviderError         the execution provider that was asked for is not there
+    ├── ServerError           the server cannot start, or does not answer
     ├── MissingExtraError     a command whose optional packages are not installed
     ├── TrainingError         settings or data that cannot be trained on
     └── ExportError           a checkpoint that cannot become a bundle
@@ -43,6 +44,10 @@ class BundleError(VoxgateError):
 
 class ProviderError(VoxgateError):
     """The execution provider that was asked for is not there."""
+
+
+class ServerError(VoxgateError):
+    """The server cannot start, or does not answer."""
 
 
 class MissingExtraError(VoxgateError):

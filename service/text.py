@@ -14,7 +14,7 @@ from typing import Final
 from num2words import num2words
 
 BLANK: Final = 0
-BLANK_TOKEN: Final = "<blank>"
+BLANK_TOKEN: Final = "<blank>"  # noqa: S105  # no password
 SPACE: Final = " "
 CHARACTERS: Final[tuple[str, ...]] = (BLANK_TOKEN, SPACE, "'", *"abcdefghijklmnopqrstuvwxyz")
 

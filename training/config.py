@@ -181,7 +181,7 @@ def _apply(override: str, tree: dict[str, Any]) -> None:
     node[name] = _parse_value(text)
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str) -> object:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -12,7 +12,7 @@ import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -93,9 +93,7 @@ class Batch:
     """int64, (batch,); 0 masks the phone head."""
 
 
-def read_cuts(
-    manifests: Sequence[Path], *, corpora: Sequence[str] = ()
-) -> CutSet:
+def read_cuts(manifests: Sequence[Path], *, corpora: Sequence[str] = ()) -> CutSet:
     """Read manifests as lhotse cuts, each with one supervision.
 
     Raises:
@@ -168,7 +166,9 @@ def make_labels(
     for cut in cuts:
         text = cut.supervisions[0].text
         n_frames = int(
-            output_lengths(torch.tensor(int(cut.duration / fastest * frames_per_s) - 2), subsampling)
+            output_lengths(
+                torch.tensor(int(cut.duration / fastest * frames_per_s) - 2), subsampling
+            )
         )
         if not shortest_s <= cut.duration <= longest_s:
             counts["outside"] += 1
@@ -200,7 +200,7 @@ def make_labels(
 
 def frames_needed(label_ids: Sequence[int]) -> int:
     """Fewest frames in which CTC can emit the labels: one each, one more between equal ones."""
-    return len(label_ids) + sum(a == b for a, b in zip(label_ids, label_ids[1:], strict=False))
+    return len(label_ids) + sum(a == b for a, b in pairwise(label_ids))
 
 
 class BatchStream(IterableDataset[Batch]):

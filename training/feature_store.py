@@ -50,7 +50,9 @@ class FeatureStore:
             self._frames[part] = np.load(self._folder / f"{part}.npy", mmap_mode="r")
         return torch.from_numpy(self._frames[part][first : first + n_frames].astype(np.float32))
 
-    def statistics(self, utterance_ids: Sequence[str], n_sampled: int = 500) -> tuple[Tensor, Tensor]:
+    def statistics(
+        self, utterance_ids: Sequence[str], n_sampled: int = 500
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each band over evenly spaced utterances, each (mel,)."""
         step = max(1, len(utterance_ids) // n_sampled)
         frames = torch.cat([self.load(i) for i in utterance_ids[::step]]).double()

@@ -1,4 +1,4 @@
-"""Pronunciations: words as phones, from the CMU dictionary that the pocketsphinx package carries."""
+"""Pronunciations: words as phones, from the CMU dictionary in the pocketsphinx package."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def parse_dictionary(text: str) -> dict[str, tuple[tuple[str, ...], ...]]:
     return pronunciations
 
 
-def pronounce(
-    text: str, dictionary: Mapping[str, tuple[tuple[str, ...], ...]]
-) -> list[int] | None:
+def pronounce(text: str, dictionary: Mapping[str, tuple[tuple[str, ...], ...]]) -> list[int] | None:
     """Phone ids of normalised text, each word said the usual way; None if a word is unknown."""
     ids = _phone_ids()
     words = [dictionary.get(word) for word in text.split()]

@@ -8,7 +8,7 @@ padding never reaches it, no sequence is packed, and the graph exports to ONNX w
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,10 @@ def output_lengths(feature_lengths: Tensor, subsampling: int) -> Tensor:
     return feature_lengths
 
 
-def _strided_length(length, stride: int):  # type: ignore[no-untyped-def]  # int or Tensor alike
+_Length = TypeVar("_Length", int, Tensor)
+
+
+def _strided_length(length: _Length, stride: int) -> _Length:
     return (length - 1) // stride + 1
 
 

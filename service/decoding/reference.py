@@ -76,6 +76,7 @@ class ReferenceDecoder:
         return [self._to_hypothesis(beam, emission) for beam in beams[:n_best]]
 
     def _to_hypothesis(self, beam: OutputBeam, emission: FloatArray) -> Hypothesis:
+        _, _, text_frames, _, score = beam
         words = tuple(
             Word(
                 text=text,
@@ -83,9 +84,9 @@ class ReferenceDecoder:
                 end_frame=end,
                 confidence=self._confidence(text, emission[start:end]),
             )
-            for text, (start, end) in beam.text_frames
+            for text, (start, end) in text_frames
         )
-        return Hypothesis(words=words, score=float(beam.lm_score))
+        return Hypothesis(words=words, score=float(score))
 
     def _confidence(self, text: str, frames: FloatArray) -> float:
         """Geometric mean, over the word's characters, of the best probability in its frames."""

@@ -1,0 +1,1 @@
+"""gRPC services: each translates its messages into sessions and results, and nothing else."""

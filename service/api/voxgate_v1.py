@@ -1,0 +1,230 @@
+"""voxgate.v1.Speech: messages in, sessions driven, messages out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Executor
+from datetime import timedelta
+from typing import Final, TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+
+from service.api.status import abort_with, refuse
+from service.audio import HIGHEST_RATE, LOWEST_RATE, MOST_CHANNELS, AudioFormat, Encoding
+from service.errors import AudioError, RequestError
+from service.pb.voxgate.v1 import speech_pb2 as pb
+from service.pb.voxgate.v1 import speech_pb2_grpc
+from service.recogniser import Alternative, DecoderName, Recogniser, Segment, TimedWord
+from service.session import Result, Session
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_MOST_ALTERNATIVES: Final = 30
+_ENCODINGS: Final = {
+    pb.RecognitionConfig.ENCODING_UNSPECIFIED: None,
+    pb.RecognitionConfig.LINEAR16: Encoding.LINEAR16,
+    pb.RecognitionConfig.FLAC: Encoding.FLAC,
+    pb.RecognitionConfig.OGG_OPUS: Encoding.OGG,
+    pb.RecognitionConfig.MP3: Encoding.MP3,
+}
+
+
+class SpeechService(speech_pb2_grpc.SpeechServicer):  # type: ignore[misc]  # stubs are untyped
+    """The voxgate.v1.Speech servicer over one loaded recogniser."""
+
+    def __init__(
+        self, recogniser: Recogniser, executor: Executor, *, default_decoder: DecoderName
+    ) -> None:
+        self._recogniser = recogniser
+        self._executor = executor
+        self._default_decoder = default_decoder
+
+    async def Recognize(  # noqa: N802  # the name gRPC calls
+        self, request: pb.RecognizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RecognizeResponse:
+        """Transcribe one recording."""
+        try:
+            if request.audio.WhichOneof("audio_source") == "uri":
+                raise RequestError("audio.uri is not served; send the bytes in audio.content")
+            session = self._open_session(request.config, interim_results=False)
+            if not request.audio.content:
+                raise AudioError("audio.content is empty; expected the bytes of a recording")
+            results = await self._run(_recognise_whole, session, request.audio.content)
+        except Exception as error:  # noqa: BLE001  # the edge: everything becomes a status
+            await abort_with(error, context)
+        segments = [result.segment for result in results]
+        return pb.RecognizeResponse(
+            results=[self._to_result(segment) for segment in segments],
+            total_billed_time=_duration(segments[-1].end_s if segments else 0.0),
+        )
+
+    async def StreamingRecognize(  # noqa: N802  # the name gRPC calls
+        self,
+        request_iterator: AsyncIterator[pb.StreamingRecognizeRequest],
+        context: grpc.aio.ServicerContext,
+    ) -> AsyncIterator[pb.StreamingRecognizeResponse]:
+        """Transcribe a stream."""
+        try:
+            session: Session | None = None
+            async for request in request_iterator:
+                kind = request.WhichOneof("streaming_request")
+                if session is None:
+                    session = self._open_stream(request, kind)
+                elif kind != "audio_content":
+                    raise RequestError(
+                        f"a request after the first holds {kind or 'nothing'}; "
+                        "expected audio_content"
+                    )
+                else:
+                    for response in await self._push(session, request.audio_content):
+                        yield response
+            if session is None:
+                raise RequestError(
+                    "the stream was closed before its config; "
+                    "send streaming_config in the first request, then audio_content"
+                )
+            for result in await self._run(session.finish):
+                yield self._to_response(result)
+        except Exception as error:  # noqa: BLE001  # the edge: everything becomes a status
+            await abort_with(error, context)
+
+    async def ListModels(  # noqa: N802  # the name gRPC calls
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        """List the loaded models."""
+        del request, context
+        model = pb.Model(
+            name=self._recogniser.name,
+            language_code=self._recogniser.language,
+            sample_rate_hertz=self._recogniser.sample_rate,
+        )
+        return pb.ListModelsResponse(models=[model])
+
+    async def _push(self, session: Session, data: bytes) -> list[pb.StreamingRecognizeResponse]:
+        return [self._to_response(result) for result in await self._run(session.push, data)]
+
+    async def _run(self, work: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+
+    def _open_stream(self, request: pb.StreamingRecognizeRequest, kind: str | None) -> Session:
+        if kind != "streaming_config":
+            raise RequestError(
+                f"the first request holds {kind or 'nothing'}; expected streaming_config"
+            )
+        streaming = request.streaming_config
+        refuse("single_utterance", is_set=streaming.single_utterance)
+        return self._open_session(streaming.config, interim_results=streaming.interim_results)
+
+    def _open_session(self, config: pb.RecognitionConfig, *, interim_results: bool) -> Session:
+        refuse("speech_contexts", is_set=len(config.speech_contexts) > 0)
+        refuse("domain", is_set=bool(config.domain))
+        self._check_model(config)
+        return Session(
+            self._recogniser,
+            _to_audio_format(config),
+            decoder=self._to_decoder(config.decoder),
+            n_best=_check_range("max_alternatives", config.max_alternatives, 1, _MOST_ALTERNATIVES)
+            or 1,
+            interim_results=interim_results,
+        )
+
+    def _check_model(self, config: pb.RecognitionConfig) -> None:
+        name, language = self._recogniser.name, self._recogniser.language
+        if config.model not in ("", name):
+            raise RequestError(f"there is no model {config.model!r}; this server has {name!r}")
+        if config.language_code and _primary(config.language_code) != _primary(language):
+            raise RequestError(
+                f"language_code {config.language_code!r} is not served; this server has {language}"
+            )
+
+    def _to_decoder(self, kind: int) -> DecoderName:
+        if kind == pb.RecognitionConfig.DECODER_UNSPECIFIED:
+            return self._default_decoder
+        if kind == pb.RecognitionConfig.GREEDY:
+            return "greedy"
+        if kind == pb.RecognitionConfig.BEAM:
+            return "beam"
+        raise RequestError(f"decoder {kind} is unknown; expected GREEDY (1) or BEAM (2)")
+
+    def _to_response(self, result: Result) -> pb.StreamingRecognizeResponse:
+        segment = result.segment
+        message = pb.StreamingRecognitionResult(
+            alternatives=_to_alternatives(segment.alternatives, is_final=result.is_final),
+            is_final=result.is_final,
+            result_end_time=_duration(segment.end_s),
+            language_code=self._recogniser.language,
+        )
+        return pb.StreamingRecognizeResponse(results=[message])
+
+    def _to_result(self, segment: Segment) -> pb.SpeechRecognitionResult:
+        return pb.SpeechRecognitionResult(
+            alternatives=_to_alternatives(segment.alternatives, is_final=True),
+            result_end_time=_duration(segment.end_s),
+            language_code=self._recogniser.language,
+        )
+
+
+def _recognise_whole(session: Session, content: bytes) -> list[Result]:
+    return [*session.push(content), *session.finish()]
+
+
+def _to_audio_format(config: pb.RecognitionConfig) -> AudioFormat:
+    if config.encoding not in _ENCODINGS:
+        served = ", ".join(pb.RecognitionConfig.AudioEncoding.Name(e) for e in _ENCODINGS)
+        raise RequestError(f"encoding {config.encoding} is not served; expected one of {served}")
+    return AudioFormat(
+        encoding=_ENCODINGS[config.encoding],
+        sample_rate=_check_range(
+            "sample_rate_hertz", config.sample_rate_hertz, LOWEST_RATE, HIGHEST_RATE
+        ),
+        n_channels=_check_range(
+            "audio_channel_count", config.audio_channel_count, 1, MOST_CHANNELS
+        ),
+    )
+
+
+def _check_range(name: str, value: int, lowest: int, highest: int) -> int | None:
+    """The value, or None for 0, which leaves it open."""
+    if value == 0:
+        return None
+    if not lowest <= value <= highest:
+        raise RequestError(f"{name} is {value}, expected {lowest} to {highest}, or 0")
+    return value
+
+
+def _primary(language_code: str) -> str:
+    return language_code.replace("_", "-").split("-")[0].lower()
+
+
+def _to_alternatives(
+    alternatives: Iterable[Alternative], *, is_final: bool
+) -> list[pb.SpeechRecognitionAlternative]:
+    return [
+        pb.SpeechRecognitionAlternative(
+            transcript=alternative.transcript,
+            confidence=alternative.confidence if is_final else 0.0,
+            words=[_to_word(word) for word in alternative.words] if is_final else [],
+            score=alternative.score,
+        )
+        for alternative in alternatives
+    ]
+
+
+def _to_word(word: TimedWord) -> pb.WordInfo:
+    return pb.WordInfo(
+        start_time=_duration(word.start_s),
+        end_time=_duration(word.end_s),
+        word=word.text,
+        confidence=word.confidence,
+    )
+
+
+def _duration(seconds: float) -> Duration:
+    duration = Duration()
+    duration.FromTimedelta(timedelta(milliseconds=round(seconds * 1000)))
+    return duration

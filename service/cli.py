@@ -1,0 +1,439 @@
+"""The command line: `voxgate`.
+
+Each command reads its arguments, calls one function of the package that does the work, and prints.
+Results go to stdout, everything else to stderr. Exit status: 0 all good, 1 something failed, 2
+wrong use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from service.bundle import BUNDLE_VARIABLE, DecoderSettings, find_bundle
+from service.errors import MissingExtraError, VoxgateError
+from service.processors import count_usable_processors
+
+if TYPE_CHECKING:
+    from service.evaluation import Evaluation
+    from service.recogniser import DecoderName, Recogniser
+
+logger = logging.getLogger(__name__)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Voxgate: a speech recogniser that you host and retrain.",
+)
+lm_app = typer.Typer(no_args_is_help=True, help="Language models.")
+app.add_typer(lm_app, name="lm")
+
+_stderr = Console(stderr=True)
+
+DEFAULT_PORT: Final = 50051
+
+
+class DecoderChoice(str, Enum):
+    """How emissions are searched."""
+
+    greedy = "greedy"
+    beam = "beam"
+
+
+class FormatChoice(str, Enum):
+    """How transcripts are written."""
+
+    txt = "txt"
+    json = "json"
+    srt = "srt"
+    vtt = "vtt"
+
+
+class ProviderChoice(str, Enum):
+    """Where the acoustic model runs."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+BundleOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--bundle",
+        metavar="DIR",
+        help=f"Model folder; default ${BUNDLE_VARIABLE}, else bundles/en-small of the checkout.",
+    ),
+]
+DecoderOption = Annotated[
+    DecoderChoice, typer.Option("--decoder", help="Search with the language model, or without.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, metavar="N", help="Threads; default all usable processors."),
+]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        app()
+    except VoxgateError as error:
+        _fail(str(error), status=2)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+@app.command()
+def transcribe(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Files, folders, .jsonl manifests.")
+    ],
+    *,
+    bundle: BundleOption = None,
+    decoder: DecoderOption = DecoderChoice.beam,
+    output_format: Annotated[FormatChoice, typer.Option("--format")] = FormatChoice.txt,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Write one file a recording below DIR."),
+    ] = None,
+    alternatives: Annotated[
+        int, typer.Option("--alternatives", min=1, metavar="N", help="Readings in JSON.")
+    ] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out recordings whose transcript exists.")
+    ] = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Transcribe recordings."""
+    from service.batch import find_jobs, output_path, run_jobs, write_transcript  # noqa: PLC0415
+    from service.transcript import write_as  # noqa: PLC0415
+
+    jobs = find_jobs(paths, output=output)
+    if not jobs:
+        _fail(f"no recordings found in {', '.join(map(str, paths))}", status=2)
+    if resume and output is None:
+        _fail("--resume needs --output DIR, where it looks for finished transcripts", status=2)
+    if resume and output is not None:
+        todo = [j for j in jobs if not output_path(j, output, output_format.value).exists()]
+        _stderr.print(f"{len(jobs) - len(todo)} of {len(jobs)} transcripts exist already")
+        jobs = todo
+    n_threads = threads or count_usable_processors()
+    recogniser = _load(bundle, n_threads=1, decoder=decoder)
+    n_failed, audio_s = 0, 0.0
+    outcomes = run_jobs(
+        recogniser, jobs, decoder=decoder.value, n_best=alternatives, n_threads=n_threads
+    )
+    with _progress_bar() as progress:
+        task = progress.add_task("transcribing", total=len(jobs))
+        for outcome in outcomes:
+            progress.advance(task)
+            if outcome.transcript is None:
+                n_failed += 1
+                progress.console.print(f"{outcome.job.name}: {outcome.error}", style="red")
+            elif output is None:
+                sys.stdout.write(write_as(outcome.transcript, output_format.value))
+                sys.stdout.flush()
+            else:
+                target = output_path(outcome.job, output, output_format.value)
+                write_transcript(outcome.transcript, target, output_format.value)
+            audio_s += outcome.transcript.duration_s if outcome.transcript else 0.0
+    _stderr.print(
+        f"{len(jobs) - n_failed} transcribed ({audio_s:.1f} s of audio), {n_failed} failed"
+    )
+    if n_failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.jsonl")],
+    *,
+    bundle: BundleOption = None,
+    decoder: DecoderOption = DecoderChoice.beam,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
+    ] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Measure word and character error rates and the real-time factor."""
+    from service.evaluation import evaluate as run  # noqa: PLC0415
+    from service.manifest import read_manifest  # noqa: PLC0415
+
+    utterances = read_manifest(manifest)
+    if not utterances:
+        _fail(f"{manifest} lists no recording", status=2)
+    recogniser = _load(bundle, n_threads=threads or count_usable_processors(), decoder=decoder)
+    with _progress_bar() as progress:
+        task = progress.add_task("evaluating", total=len(utterances))
+        evaluation = run(
+            recogniser,
+            utterances,
+            decoder=decoder.value,
+            on_done=lambda: progress.advance(task),
+        )
+    _print_evaluation(evaluation)
+    if json_file is not None:
+        json_file.write_text(json.dumps(evaluation.as_json(), indent=2) + "\n", encoding="utf-8")
+    for failure in evaluation.failures:
+        _stderr.print(failure, style="red")
+    if evaluation.failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(
+    *,
+    bundle: BundleOption = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="TCP port; 0 takes a free one.")
+    ] = DEFAULT_PORT,
+    provider: Annotated[ProviderChoice, typer.Option("--provider")] = ProviderChoice.cpu,
+    decoder: DecoderOption = DecoderChoice.beam,
+    threads: ThreadsOption = None,
+) -> None:
+    """Serve voxgate.v1 over gRPC."""
+    from service.recogniser import load_recogniser  # noqa: PLC0415
+    from service.server import serve as run  # noqa: PLC0415
+
+    folder = find_bundle(bundle)
+    n_threads = threads or count_usable_processors()
+    logger.info("loading %s", folder)
+    recogniser = load_recogniser(folder, provider=provider.value)
+    asyncio.run(
+        run(
+            recogniser,
+            host=host,
+            port=port,
+            n_threads=n_threads,
+            default_decoder=decoder.value,
+            on_listening=lambda address: logger.info(
+                "listening on %s: %s, %s, %d thread(s)",
+                address,
+                recogniser.name,
+                provider.value,
+                n_threads,
+            ),
+        )
+    )
+
+
+@app.command()
+def stream(
+    source: Annotated[str, typer.Argument(metavar="FILE|-", help="A recording, or - for stdin.")],
+    *,
+    address: Annotated[
+        str, typer.Option("--address", metavar="H:P", help="The server.")
+    ] = f"127.0.0.1:{DEFAULT_PORT}",
+    realtime: Annotated[
+        bool, typer.Option("--realtime", help="Send a file no faster than it was spoken.")
+    ] = False,
+    decoder: DecoderOption = DecoderChoice.beam,
+    sample_rate: Annotated[
+        int, typer.Option("--rate", help="Rate of raw PCM on stdin, Hz; a header needs none.")
+    ] = 0,
+) -> None:
+    """Stream a recording to a server and print results as they come."""
+    from service.client import pace, read_pcm, read_pieces, stream_recognise  # noqa: PLC0415
+    from service.pb.voxgate.v1 import speech_pb2 as pb  # noqa: PLC0415
+
+    recognition = pb.RecognitionConfig(
+        decoder=pb.RecognitionConfig.DecoderKind.Value(decoder.name.upper())
+    )
+    if source == "-":
+        recognition.sample_rate_hertz = sample_rate
+        pieces = read_pieces(sys.stdin.buffer)
+    else:
+        rate, n_channels, pieces = read_pcm(Path(source))
+        recognition.encoding = pb.RecognitionConfig.LINEAR16
+        recognition.sample_rate_hertz = rate
+        recognition.audio_channel_count = n_channels
+    config = pb.StreamingRecognitionConfig(config=recognition, interim_results=True)
+    for result in stream_recognise(address, pace(pieces) if realtime else pieces, config):
+        mark = "final  " if result.is_final else "interim"
+        end_s = result.result_end_time.ToMilliseconds() / 1000
+        transcript = result.alternatives[0].transcript if result.alternatives else ""
+        sys.stdout.write(f"{mark} {end_s:8.2f}  {transcript}\n")
+        sys.stdout.flush()
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value ...]", help="Settings that replace the file's."),
+    ] = None,
+) -> None:
+    """Train the acoustic model, or go on with a run that stopped."""
+    _require_training("train")
+    from training.config import load_settings  # noqa: PLC0415
+    from training.train import train as run  # noqa: PLC0415
+
+    run(load_settings(config, overrides or []))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle to write.")],
+    *,
+    name: Annotated[str, typer.Option("--name", help="Model name; default DIR's name.")] = "",
+    language: Annotated[str, typer.Option("--language", help="BCP-47 tag.")] = "en-US",
+    lm: Annotated[
+        Path | None, typer.Option("--lm", metavar="DIR", help="What `voxgate lm build` wrote.")
+    ] = None,
+    dev: Annotated[
+        Path | None,
+        typer.Option("--dev", metavar="MANIFEST", help="Measure the bundle on this manifest."),
+    ] = None,
+    notes: Annotated[
+        Path | None,
+        typer.Option("--notes", metavar="FILE.md", help="Data and licences for the model card."),
+    ] = None,
+    alpha: Annotated[float, typer.Option("--alpha", help="Language model weight.")] = 0.5,
+    beta: Annotated[float, typer.Option("--beta", help="Added for each word.")] = 1.0,
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Quantise the graph.")] = True,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights", metavar="FILE.pt", help="Also write a checkpoint to fine-tune from."
+        ),
+    ] = None,
+) -> None:
+    """Turn a checkpoint into a bundle."""
+    _require_training("export")
+    from export.bundle import export_bundle  # noqa: PLC0415
+    from training.checkpoint import load_checkpoint, save_weights  # noqa: PLC0415
+
+    export_bundle(
+        checkpoint,
+        folder,
+        name=name or folder.resolve().name,
+        language=language,
+        lm=lm,
+        decoder=DecoderSettings(alpha=alpha, beta=beta),
+        dev=dev,
+        notes=notes,
+        int8=int8,
+    )
+    if weights is not None:
+        save_weights(load_checkpoint(checkpoint), weights)
+    _stderr.print(f"wrote {folder}")
+
+
+@lm_app.command("build")
+def lm_build(
+    texts: Annotated[
+        list[Path], typer.Argument(metavar="TEXT...", help="A sentence a line; plain, .gz or .xz.")
+    ],
+    *,
+    order: Annotated[int, typer.Option("--order", metavar="N", help="Longest n-gram.")],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR")],
+    prune: Annotated[
+        str, typer.Option("--prune", help="Per order: drop n-grams seen this often or less.")
+    ] = "0",
+    vocabulary: Annotated[
+        int | None, typer.Option("--vocabulary", min=1, help="Most words in the word list.")
+    ] = None,
+    min_count: Annotated[
+        int, typer.Option("--min-count", min=1, help="Leave out words seen less often.")
+    ] = 1,
+    quantise: Annotated[
+        int | None, typer.Option("--quantise", min=2, max=25, help="Bits of a probability.")
+    ] = None,
+    arpa: Annotated[bool, typer.Option("--arpa", help="Also write lm.arpa.gz.")] = False,
+) -> None:
+    """Build a word n-gram language model from text."""
+    _require("tqdm", "lm build")
+    from training.ngram import build_ngram  # noqa: PLC0415
+
+    try:
+        pruning = [int(n) for n in prune.replace(",", " ").split()]
+    except ValueError:
+        _fail(f"--prune {prune!r}: expected whole numbers such as '0 0 1'", status=2)
+    report = build_ngram(
+        texts,
+        output,
+        order=order,
+        prune=pruning or [0],
+        n_words=vocabulary,
+        min_count=min_count,
+        quantise_bits=quantise,
+        keep_arpa=arpa,
+    )
+    _stderr.print(str(report))
+
+
+def _load(bundle: Path | None, *, n_threads: int, decoder: DecoderChoice) -> Recogniser:
+    from service.recogniser import load_recogniser  # noqa: PLC0415
+
+    folder = find_bundle(bundle)
+    name: DecoderName = decoder.value
+    with _stderr.status(f"loading {folder}"):
+        return load_recogniser(folder, n_threads=n_threads, decoders=(name,))
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_stderr,
+    )
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    table = Table("corpus", "words", "WER", "CER", "substitutions", "deletions", "insertions")
+    for name, counts in [*sorted(evaluation.corpora.items()), ("total", evaluation.total)]:
+        table.add_row(
+            name or "-",
+            f"{counts.n_words}",
+            f"{counts.wer:.2%}",
+            f"{counts.cer:.2%}",
+            f"{counts.n_substitutions}",
+            f"{counts.n_deletions}",
+            f"{counts.n_insertions}",
+        )
+    console = Console()
+    console.print(table)
+    for stage, rtf in evaluation.rtf.items():
+        speed = f"{1 / rtf:.0f} × real time" if rtf else "-"
+        console.print(f"real-time factor, {stage}: {rtf:.5f} ({speed})")
+
+
+def _require_training(command: str) -> None:
+    for module in ("torch", "torchaudio", "lhotse", "onnx", "tensorboard"):
+        _require(module, command)
+
+
+def _require(module: str, command: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise MissingExtraError(
+            f"`voxgate {command}` needs the training packages ({module} is missing); "
+            "install them with: pip install 'voxgate[train]' "
+            "(in a checkout: .venv/bin/pip install -e '.[train]')"
+        )
+
+
+def _fail(message: str, *, status: int) -> NoReturn:
+    _stderr.print(f"voxgate: {message}", style="red", highlight=False, soft_wrap=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

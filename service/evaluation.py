@@ -1,0 +1,92 @@
+"""Evaluation of a bundle on a manifest: error rates by corpus and real-time factors by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from service.audio import load_audio
+from service.errors import AudioError, ManifestError
+from service.manifest import Utterance
+from service.recogniser import DecoderName, Recogniser
+from service.scoring import ErrorCounts, count_errors, pool
+
+
+@dataclass
+class Evaluation:
+    """What was measured; filled utterance by utterance."""
+
+    corpora: dict[str, ErrorCounts] = field(default_factory=dict)
+    """Errors of each corpus."""
+    audio_s: float = 0.0
+    """Audio recognised, seconds."""
+    rtf: dict[str, float] = field(default_factory=dict)
+    """Real-time factor of features, acoustic_model, decoding, and total."""
+    failures: list[str] = field(default_factory=list)
+    """A message for each recording that could not be recognised; it is not scored."""
+
+    @property
+    def total(self) -> ErrorCounts:
+        """Errors of all corpora."""
+        return pool(self.corpora.values())
+
+    def as_json(self) -> dict[str, Any]:
+        """The object of `voxgate evaluate --json`."""
+        return {
+            "total": self.total.as_json(),
+            "corpora": {name: counts.as_json() for name, counts in self.corpora.items()},
+            "rtf": self.rtf,
+        }
+
+
+def evaluate(
+    recogniser: Recogniser,
+    utterances: Sequence[Utterance],
+    *,
+    decoder: DecoderName,
+    on_done: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Recognise utterances and score them against their transcripts.
+
+    Args:
+        recogniser: the loaded bundle.
+        utterances: recordings with transcripts.
+        decoder: how emissions are searched.
+        on_done: called after each utterance.
+
+    Raises:
+        ManifestError: an utterance has no transcript.
+    """
+    without = [u.name for u in utterances if u.text is None]
+    if without:
+        raise ManifestError(f'{without[0]} has no "text"; evaluation needs a transcript for each')
+    evaluation = Evaluation()
+    before = _stages(recogniser)
+    for utterance in utterances:
+        try:
+            waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
+        except AudioError as error:
+            evaluation.failures.append(f"{utterance.name}: {error}")
+        else:
+            segments = recogniser.recognise(waveform, decoder=decoder)
+            transcript = " ".join(s.alternatives[0].transcript for s in segments)
+            counts = count_errors([utterance.text or ""], [transcript])
+            so_far = evaluation.corpora.get(utterance.corpus, ErrorCounts())
+            evaluation.corpora[utterance.corpus] = so_far + counts
+            evaluation.audio_s += len(waveform) / recogniser.sample_rate
+        on_done()
+    if evaluation.audio_s > 0:
+        spent = {name: s - before[name] for name, s in _stages(recogniser).items()}
+        evaluation.rtf = {name: s / evaluation.audio_s for name, s in spent.items()}
+    return evaluation
+
+
+def _stages(recogniser: Recogniser) -> dict[str, float]:
+    timings = recogniser.timings
+    return {
+        "features": timings.features_s,
+        "acoustic_model": timings.acoustic_model_s,
+        "decoding": timings.decoding_s,
+        "total": timings.total_s,
+    }
