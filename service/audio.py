@@ -110,7 +110,8 @@ class AudioStream:
         ]
         nothing = np.zeros((0, 1), np.float32)
         blocks.append(self._convert(self._reader, nothing, is_last=True))
-        return np.concatenate(blocks)
+        joined: FloatArray = np.concatenate(blocks)
+        return joined
 
     def _convert(self, reader: _Reader, frames: FloatArray, *, is_last: bool) -> FloatArray:
         """Average the channels of (time, channel) frames and resample them: (time,)."""
@@ -119,7 +120,7 @@ class AudioStream:
                 "the audio has samples that are not numbers (NaN or infinite); "
                 "expected values between -1 and 1: repair or re-encode the recording"
             )
-        mono = frames.mean(axis=1, dtype=np.float32)
+        mono: FloatArray = frames.mean(axis=1, dtype=np.float32)
         if self._resampler is None:
             if not reader.is_open:
                 return mono
@@ -138,7 +139,7 @@ def decode_audio(data: bytes, audio_format: AudioFormat, *, target_rate: int) ->
     blocks = [
         stream.push(data[start : start + _PUSH_BYTES]) for start in range(0, len(data), _PUSH_BYTES)
     ]
-    waveform = np.concatenate([*blocks, stream.finish()])
+    waveform: FloatArray = np.concatenate([*blocks, stream.finish()])
     if len(waveform) == 0:
         what = f"{len(data)} bytes that hold no sample" if data else "no bytes at all"
         raise AudioError(f"the audio is empty: {what}; expected a recording")

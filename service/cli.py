@@ -250,9 +250,7 @@ def stream(
     from service.client import pace, read_pcm, read_pieces, stream_recognise  # noqa: PLC0415
     from service.pb.voxgate.v1 import speech_pb2 as pb  # noqa: PLC0415
 
-    recognition = pb.RecognitionConfig(
-        decoder=pb.RecognitionConfig.DecoderKind.Value(decoder.name.upper())
-    )
+    recognition = pb.RecognitionConfig(decoder=decoder.name.upper())
     if source == "-":
         recognition.sample_rate_hertz = sample_rate
         pieces = read_pieces(sys.stdin.buffer)

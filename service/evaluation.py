@@ -45,7 +45,7 @@ def evaluate(
     utterances: Sequence[Utterance],
     *,
     decoder: DecoderName,
-    on_done: Callable[[], None] = lambda: None,
+    on_done: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Recognise utterances and score them against their transcripts.
 

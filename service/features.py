@@ -104,7 +104,8 @@ def _log_mel_block(waveform: FloatArray, settings: FeatureSettings) -> FloatArra
     spectrum = np.fft.rfft(emphasised * _povey_window(settings.window_samples), _n_fft(settings))
     power = spectrum.real**2 + spectrum.imag**2  # (frames, n_fft / 2 + 1)
     energies = power @ _mel_filters(settings)  # (frames, mel)
-    return np.log(np.maximum(energies, _ENERGY_FLOOR)).astype(np.float32)
+    log_energies: FloatArray = np.log(np.maximum(energies, _ENERGY_FLOOR)).astype(np.float32)
+    return log_energies
 
 
 def _n_fft(settings: FeatureSettings) -> int:

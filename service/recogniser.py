@@ -193,7 +193,7 @@ class Recogniser:
         if len(window) == 0:
             return np.zeros((0, 1), np.float32)
         start = time.perf_counter()
-        log_probs = self.engine.log_probs(window[None], np.array([len(window)]))[0]
+        log_probs: FloatArray = self.engine.log_probs(window[None], np.array([len(window)]))[0]
         self.timings.acoustic_model_s += time.perf_counter() - start
         return log_probs
 

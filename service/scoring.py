@@ -88,12 +88,8 @@ def _count_pair(reference: str, hypothesis: str) -> ErrorCounts:
         n_deletions=words.deletions,
         n_insertions=words.insertions,
         n_characters=len(reference),
-        n_character_errors=_n_edits(characters),
+        n_character_errors=characters.substitutions + characters.deletions + characters.insertions,
     )
-
-
-def _n_edits(output: jiwer.CharacterOutput) -> int:
-    return output.substitutions + output.deletions + output.insertions
 
 
 def _rate(n_errors: int, n_reference: int) -> float:

@@ -222,7 +222,7 @@ class BatchStream(IterableDataset[Batch]):
     ) -> None:
         super().__init__()
         self._cuts = cuts.filter(lambda cut: cut.id in labels).to_eager()
-        self._durations_s = {cut.id: cut.duration for cut in self._cuts}
+        self._durations_s: dict[str, float] = {cut.id: cut.duration for cut in self._cuts}
         self._labels = labels
         self._stores = stores
         self._batch_s = batch_s

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Builds lmplz and build_binary from the kenlm source distribution and installs them beside python.
-# Needs a C++ compiler, cmake and, on Debian:
-#   apt-get install libboost-program-options-dev libboost-system-dev libboost-thread-dev libboost-test-dev zlib1g-dev
+# Needs a C++ compiler, cmake, and Boost, which it installs itself where it may (root on Debian).
 # Usage: training/install_lmplz.sh [PYTHON]
 set -euo pipefail
 
 python=${1:-.venv/bin/python}
 kenlm_version=0.3.0
+boost="libboost-program-options-dev libboost-system-dev libboost-thread-dev libboost-test-dev zlib1g-dev"
 
 bin=$("$python" -c 'import sys; print(sys.prefix + "/bin")')
 if [ -x "$bin/lmplz" ] && [ -x "$bin/build_binary" ]; then
@@ -16,9 +16,14 @@ fi
 for tool in cmake c++ make; do
   command -v "$tool" >/dev/null || { echo "install_lmplz: $tool is missing; install it first" >&2; exit 1; }
 done
-if ! echo '#include <boost/version.hpp>' | c++ -E -x c++ - >/dev/null 2>&1; then
-  echo "install_lmplz: Boost is missing; on Debian: apt-get install libboost-program-options-dev \
-libboost-system-dev libboost-thread-dev libboost-test-dev zlib1g-dev" >&2
+has_boost() { echo '#include <boost/version.hpp>' | c++ -E -x c++ - >/dev/null 2>&1; }
+if ! has_boost && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+  echo "installing Boost: apt-get install $boost"
+  # shellcheck disable=SC2086  # the list is meant to split
+  apt-get update -qq && apt-get install -y -qq $boost >/dev/null
+fi
+if ! has_boost; then
+  echo "install_lmplz: Boost is missing; on Debian: sudo apt-get install $boost" >&2
   exit 1
 fi
 

@@ -8,6 +8,7 @@ padding never reaches it, no sequence is packed, and the graph exports to ONNX w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final, Literal, TypeVar
 
 import torch
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 
 Cell = Literal["lstm", "gru", "rnn"]
 
-_CELLS: Final[dict[str, type[nn.RNNBase]]] = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+_CELLS: Final[dict[Cell, Callable[..., nn.RNNBase]]] = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn": nn.RNN,
+}
 _STRIDES: Final[dict[int, tuple[int, int]]] = {2: (2, 1), 3: (3, 1), 4: (2, 2)}
 _KERNEL: Final = 3
 
@@ -109,16 +114,13 @@ class RecurrentLayer(nn.Module):
     def __init__(self, width: int, hidden_size: int, *, cell: Cell, bidirectional: bool) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.ahead = _CELLS[cell](width, hidden_size, batch_first=True)
-        self.back = _CELLS[cell](width, hidden_size, batch_first=True) if bidirectional else None
-        for network in (self.ahead, self.back):
-            if network is not None:
-                _initialise(network)
+        self.ahead = _make_network(cell, width, hidden_size)
+        self.back = _make_network(cell, width, hidden_size) if bidirectional else None
 
     def forward(self, x: Tensor, reverse: Tensor) -> Tensor:
         """Apply the layer; `reverse` is `reversal_index` of the utterances' lengths."""
         x = self.norm(x)
-        ahead, _ = self.ahead(x)
+        ahead: Tensor = self.ahead(x)[0]
         if self.back is None:
             return ahead
         back, _ = self.back(_gather_frames(x, reverse))
@@ -164,8 +166,9 @@ def _gather_frames(x: Tensor, index: Tensor) -> Tensor:
     return torch.gather(x, 1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _initialise(network: nn.RNNBase) -> None:
+def _make_network(cell: Cell, width: int, hidden_size: int) -> nn.RNNBase:
     """Orthogonal recurrent weights, Glorot input weights, zero biases, forget gates open."""
+    network: nn.RNNBase = _CELLS[cell](width, hidden_size, batch_first=True)
     for name, parameter in network.named_parameters():
         if name.startswith("weight_hh"):
             for gate in parameter.data.split(network.hidden_size):
@@ -177,4 +180,5 @@ def _initialise(network: nn.RNNBase) -> None:
             nn.init.zeros_(parameter)
     if isinstance(network, nn.LSTM):  # torch orders the gates input, forget, cell, output
         forget = slice(network.hidden_size, 2 * network.hidden_size)
-        network.bias_ih_l0.data[forget].fill_(1.0)
+        dict(network.named_parameters())["bias_ih_l0"].data[forget].fill_(1.0)
+    return network

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -72,7 +73,8 @@ class _Corpus:
 
     @property
     def hours(self) -> float:
-        return sum(cut.duration for cut in self.cuts if cut.id in self.labels) / 3600
+        durations_s = (float(cut.duration) for cut in self.cuts if cut.id in self.labels)
+        return sum(durations_s) / 3600
 
 
 class _Run:
@@ -160,7 +162,7 @@ class _Run:
             n_phones=self.world.sum(losses.n_phones) / self.world.size,
         )
         self.optimiser.zero_grad()
-        shared.combine(options.phone_weight).backward()  # type: ignore[no-untyped-call]  # torch
+        shared.combine(options.phone_weight).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
         if torch.isfinite(norm):
             self.optimiser.step()
@@ -220,7 +222,7 @@ class _Run:
         )
         self._say(f"pass {self.progress.epoch}: dev greedy WER / CER: {table}")
 
-    def _prepare(self, manifests: Sequence[object], *, is_train: bool) -> _Corpus:
+    def _prepare(self, manifests: Sequence[Path], *, is_train: bool) -> _Corpus:
         data = self.settings.data
         cuts = read_cuts(manifests, corpora=data.corpora if is_train else ())
         labels, report = make_labels(
@@ -325,7 +327,7 @@ class _Run:
 
         def step(dtype: torch.dtype) -> None:
             losses = self._forward(batch, probe, dtype)
-            losses.combine(0.5).backward()  # type: ignore[no-untyped-call]  # torch
+            losses.combine(0.5).backward()
             self.optimiser.zero_grad()
 
         return choose_precision(step, self.settings.run.precision)

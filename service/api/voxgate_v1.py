@@ -34,7 +34,7 @@ _ENCODINGS: Final = {
 }
 
 
-class SpeechService(speech_pb2_grpc.SpeechServicer):  # type: ignore[misc]  # stubs are untyped
+class SpeechService(speech_pb2_grpc.SpeechServicer):
     """The voxgate.v1.Speech servicer over one loaded recogniser."""
 
     def __init__(
