@@ -36,7 +36,7 @@ lmplz: $(BIN)/lmplz ## build the KenLM tools that `voxgate lm build` needs
 install-gpu: $(VENV)/.runtime ## replace onnxruntime by onnxruntime-gpu
 	@echo "== replacing onnxruntime by onnxruntime-gpu"
 	@$(PIP) uninstall --yes onnxruntime onnxruntime-gpu
-	@$(PIP) install --progress-bar on onnxruntime-gpu
+	@$(PIP) install --progress-bar on 'onnxruntime-gpu[cuda,cudnn]'
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info build

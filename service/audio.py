@@ -73,6 +73,7 @@ class AudioStream:
         self._head = b""
         self._reader: _Reader | None = None
         self._resampler: _Resampler | None = None
+        self._n_samples = 0
         self.n_bytes = 0
         """Bytes received so far."""
 
@@ -90,7 +91,9 @@ class AudioStream:
             if self._reader is None:
                 return np.zeros(0, np.float32)
             data, self._head = self._head, b""
-        return self._convert(self._reader, self._reader.push(data), is_last=False)
+        waveform = self._convert(self._reader, self._reader.push(data), is_last=False)
+        self._n_samples += len(waveform)
+        return waveform
 
     def finish(self) -> FloatArray:
         """Say that the recording is complete; return the remaining samples, float32 (time,).
@@ -110,8 +113,14 @@ class AudioStream:
         ]
         nothing = np.zeros((0, 1), np.float32)
         blocks.append(self._convert(self._reader, nothing, is_last=True))
-        joined: FloatArray = np.concatenate(blocks)
-        return joined
+        waveform: FloatArray = np.concatenate(blocks)
+        self._n_samples += len(waveform)
+        if self._n_samples == 0 and self.n_bytes > 0:
+            raise AudioError(
+                f"the audio is empty: {self.n_bytes} bytes that hold no sample; "
+                "expected a recording"
+            )
+        return waveform
 
     def _convert(self, reader: _Reader, frames: FloatArray, *, is_last: bool) -> FloatArray:
         """Average the channels of (time, channel) frames and resample them: (time,)."""
@@ -140,9 +149,8 @@ def decode_audio(data: bytes, audio_format: AudioFormat, *, target_rate: int) ->
         stream.push(data[start : start + _PUSH_BYTES]) for start in range(0, len(data), _PUSH_BYTES)
     ]
     waveform: FloatArray = np.concatenate([*blocks, stream.finish()])
-    if len(waveform) == 0:
-        what = f"{len(data)} bytes that hold no sample" if data else "no bytes at all"
-        raise AudioError(f"the audio is empty: {what}; expected a recording")
+    if not data:
+        raise AudioError("the audio is empty: no bytes at all; expected a recording")
     return waveform
 
 

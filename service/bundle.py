@@ -82,11 +82,6 @@ class BundleConfig(_Part):
             raise ValueError(f"token 0 and phone 0 must be {BLANK_TOKEN}")
         return self
 
-    @property
-    def frame_s(self) -> float:
-        """Seconds of one output frame."""
-        return self.subsampling * self.features.hop_ms / 1000
-
 
 @dataclass(frozen=True)
 class Bundle:

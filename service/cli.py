@@ -79,6 +79,7 @@ BundleOption = Annotated[
 DecoderOption = Annotated[
     DecoderChoice, typer.Option("--decoder", help="Search with the language model, or without.")
 ]
+AddressOption = Annotated[str, typer.Option("--address", metavar="H:P", help="The server.")]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, metavar="N", help="Threads; default all usable processors."),
@@ -235,9 +236,7 @@ def serve(
 def stream(
     source: Annotated[str, typer.Argument(metavar="FILE|-", help="A recording, or - for stdin.")],
     *,
-    address: Annotated[
-        str, typer.Option("--address", metavar="H:P", help="The server.")
-    ] = f"127.0.0.1:{DEFAULT_PORT}",
+    address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
     realtime: Annotated[
         bool, typer.Option("--realtime", help="Send a file no faster than it was spoken.")
     ] = False,
@@ -266,6 +265,19 @@ def stream(
         transcript = result.alternatives[0].transcript if result.alternatives else ""
         sys.stdout.write(f"{mark} {end_s:8.2f}  {transcript}\n")
         sys.stdout.flush()
+
+
+@app.command()
+def health(
+    *,
+    address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
+) -> None:
+    """Ask a server whether it is serving; exit status 0 if it is, 1 if not."""
+    from service.client import check_health  # noqa: PLC0415
+
+    is_serving = check_health(address)
+    sys.stdout.write("serving\n" if is_serving else "not serving\n")
+    raise typer.Exit(0 if is_serving else 1)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import BinaryIO, Final
 
 import grpc
 import soundfile
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.errors import AudioError, ServerError
 from service.pb.voxgate.v1 import speech_pb2 as pb
@@ -47,6 +48,18 @@ def stream_recognise(
                 yield from response.results
         except grpc.RpcError as error:
             raise ServerError(f"{error.code().name}: {error.details()}") from error
+
+
+def check_health(address: str) -> bool:
+    """Whether the server at `host:port` says that it is serving."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            response = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=_CONNECT_S
+            )
+        except grpc.RpcError:
+            return False
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 def _requests(

@@ -22,7 +22,10 @@ _PROVIDERS: Final[dict[Provider, str]] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
 }
-_REPAIR: Final = "`make install-gpu` in the checkout, or: pip uninstall -y onnxruntime"
+_REPAIR: Final = (
+    "`make install-gpu` in a checkout, or: pip uninstall -y onnxruntime onnxruntime-gpu && "
+    "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+)
 
 
 class AcousticEngine(Protocol):
@@ -57,6 +60,8 @@ class OnnxEngine:
             ProviderError: the provider is not there, or two onnxruntime packages are installed.
         """
         check_installation(provider)
+        if provider == "cuda":
+            onnxruntime.preload_dlls()  # CUDA libraries that pip installed
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = n_threads
         options.inter_op_num_threads = 1
@@ -89,14 +94,13 @@ def check_installation(provider: Provider) -> None:
     if len(installed) == 2:
         raise ProviderError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-            f"repair with: {_REPAIR} onnxruntime-gpu && pip install onnxruntime-gpu "
-            "(or onnxruntime, where there is no GPU)"
+            f"repair with {_REPAIR} (where there is no GPU, install onnxruntime instead)"
         )
     available = onnxruntime.get_available_providers()
     if _PROVIDERS[provider] not in available:
         raise ProviderError(
             f"--provider {provider} was asked for but this onnxruntime has only {available}; "
-            f"repair with: {_REPAIR} && pip install onnxruntime-gpu; or use --provider cpu"
+            f"repair with {_REPAIR}; or use --provider cpu"
         )
 
 

@@ -24,13 +24,15 @@ from service.decoding.hypothesis import Decoder, Hypothesis
 from service.decoding.reference import ReferenceDecoder
 from service.engine import AcousticEngine, OnnxEngine, Provider
 from service.features import FeatureSettings, log_mel
-from service.text import BLANK
+from service.text import BLANK, SPACE
 
 FloatArray = npt.NDArray[np.float32]
 DecoderName = Literal["greedy", "beam"]
 
 LONGEST_SEGMENT_S: Final = 30.0
 _WARM_UP_S: Final = 1.0
+_SILENCE_LOG_ENERGY: Final = -7.0  # the loudest band of white noise at about -72 dBFS
+_NEVER: Final = -100.0
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,10 @@ class Recogniser:
     """BCP-47 tag."""
     features: FeatureSettings
     """The front end the model was trained with."""
-    frame_s: float
-    """Seconds of one output frame."""
+    subsampling: int
+    """Feature frames for each output frame."""
+    speech_tokens: npt.NDArray[np.int64]
+    """Ids of the tokens that are neither the blank nor the space."""
     engine: AcousticEngine
     decoders: Mapping[DecoderName, Decoder]
     timings: Timings = field(default_factory=Timings)
@@ -106,6 +110,11 @@ class Recogniser:
     def sample_rate(self) -> int:
         """Rate of the waveforms it takes, Hz."""
         return self.features.sample_rate
+
+    @property
+    def frame_s(self) -> float:
+        """Seconds of one output frame."""
+        return self.subsampling * self.features.hop_ms / 1000
 
     @property
     def window_frames(self) -> int:
@@ -171,11 +180,11 @@ class Recogniser:
             decoder: how the emission is searched.
             n_best: alternatives wanted.
         """
-        emission = self._emission(window)
+        emission = self.emission(window)
         n_feature_frames = len(window)
         if not is_last:
             n_frames = _find_pause(emission)
-            n_feature_frames = round(n_frames * self.frame_s * 1000 / self.features.hop_ms)
+            n_feature_frames = n_frames * self.subsampling
             emission = emission[:n_frames]
         start = time.perf_counter()
         hypotheses = self.decoders[decoder].decode(emission, n_best=n_best)
@@ -188,14 +197,30 @@ class Recogniser:
             n_feature_frames=n_feature_frames,
         )
 
-    def _emission(self, window: FloatArray) -> FloatArray:
-        """log_probs of one window, float32, (frames, token)."""
+    def emission(self, window: FloatArray) -> FloatArray:
+        """Compute the log_probs of one window of at most `window_frames` feature frames.
+
+        Args:
+            window: log-mel energies, float32, (time, mel).
+
+        Returns:
+            Log probabilities, float32, (frames, token).
+        """
         if len(window) == 0:
             return np.zeros((0, 1), np.float32)
         start = time.perf_counter()
         log_probs: FloatArray = self.engine.log_probs(window[None], np.array([len(window)]))[0]
         self.timings.acoustic_model_s += time.perf_counter() - start
+        self._mute_silence(log_probs, window)
         return log_probs
+
+    def _mute_silence(self, emission: FloatArray, window: FloatArray) -> None:
+        """Allow no speech where the audio is silent: the model has only heard live recordings."""
+        n_frames = len(emission)
+        loudness = np.full(n_frames * self.subsampling, -np.inf, np.float32)
+        loudness[: len(window)] = window.max(axis=1)[: len(loudness)]
+        silent = loudness.reshape(n_frames, -1).max(axis=1) < _SILENCE_LOG_ENERGY
+        emission[np.ix_(silent, self.speech_tokens)] = _NEVER
 
     def _to_alternative(self, hypothesis: Hypothesis, offset_s: float) -> Alternative:
         words = tuple(
@@ -236,7 +261,10 @@ def load_recogniser(
         name=config.name,
         language=config.language,
         features=config.features,
-        frame_s=config.frame_s,
+        subsampling=config.subsampling,
+        speech_tokens=np.array(
+            [i for i, token in enumerate(config.tokens) if i != BLANK and token != SPACE]
+        ),
         engine=OnnxEngine(bundle.offline_graph, provider=provider, n_threads=n_threads),
         decoders={name: _make_decoder(name, bundle) for name in decoders},
     )

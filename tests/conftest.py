@@ -1,0 +1,74 @@
+"""Fixtures shared by the tests: the shipped bundle, the example clips, a running server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+
+from service.manifest import Utterance, read_manifest
+from service.pb.voxgate.v1 import speech_pb2_grpc
+from service.recogniser import Recogniser, load_recogniser
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shipped_bundle() -> Path:
+    return CHECKOUT / "bundles" / "en-small"
+
+
+@pytest.fixture(scope="session")
+def clips() -> list[Utterance]:
+    return read_manifest(CHECKOUT / "examples" / "manifest.jsonl")
+
+
+@pytest.fixture(scope="session")
+def recogniser(shipped_bundle: Path) -> Recogniser:
+    return load_recogniser(shipped_bundle)
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A `voxgate serve` in a process of its own."""
+
+    process: subprocess.Popen[str]
+    address: str
+    stub: speech_pb2_grpc.SpeechStub
+
+
+@contextmanager
+def run_server(*arguments: str) -> Iterator[RunningServer]:
+    """Start a server on a free port, wait until it listens, stop it at the end."""
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            address = _wait_for_address(process)
+            with grpc.insecure_channel(address) as channel:
+                yield RunningServer(process, address, speech_pb2_grpc.SpeechStub(channel))
+            process.terminate()
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+
+
+def _wait_for_address(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("listening on "):
+            return line.removeprefix("listening on ").split(": ")[0]
+    raise AssertionError(f"the server did not start: {said}")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    with run_server() as running:
+        yield running

@@ -1,0 +1,323 @@
+"""A real server, a real client, a real port."""
+
+from __future__ import annotations
+
+import io
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import pytest
+import soundfile
+from conftest import RunningServer, run_server
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from service.audio import load_audio
+from service.client import check_health, read_pcm, stream_recognise
+from service.errors import ServerError
+from service.manifest import Utterance
+from service.pb.voxgate.v1 import speech_pb2 as pb
+from service.recogniser import Recogniser
+
+Config = pb.RecognitionConfig
+
+
+def _recognise(
+    server: RunningServer, content: bytes, config: pb.RecognitionConfig | None = None
+) -> pb.RecognizeResponse:
+    request = pb.RecognizeRequest(config=config, audio=pb.RecognitionAudio(content=content))
+    response: pb.RecognizeResponse = server.stub.Recognize(request, timeout=60)
+    return response
+
+
+def _refusal(
+    server: RunningServer, content: bytes, config: pb.RecognitionConfig | None = None
+) -> str:
+    """The details of the INVALID_ARGUMENT that a request gets; the server must go on serving."""
+    with pytest.raises(grpc.RpcError) as caught:
+        _recognise(server, content, config)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert check_health(server.address)
+    return str(caught.value.details())
+
+
+def _stream_refusal(server: RunningServer, requests: Iterable[pb.StreamingRecognizeRequest]) -> str:
+    with pytest.raises(grpc.RpcError) as caught:
+        list(server.stub.StreamingRecognize(iter(requests), timeout=60))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert check_health(server.address)
+    return str(caught.value.details())
+
+
+def _wav(samples: npt.NDArray[np.float32], sample_rate: int, subtype: str = "PCM_16") -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, sample_rate, format="WAV", subtype=subtype)
+    return buffer.getvalue()
+
+
+def _transcript(response: pb.RecognizeResponse) -> str:
+    return " ".join(result.alternatives[0].transcript for result in response.results)
+
+
+def _config_request(**fields: object) -> pb.StreamingRecognizeRequest:
+    streaming = pb.StreamingRecognitionConfig(**fields)  # type: ignore[arg-type]  # test shorthand
+    return pb.StreamingRecognizeRequest(streaming_config=streaming)
+
+
+def test_recognize_gives_what_the_recogniser_gives(
+    server: RunningServer, recogniser: Recogniser, clips: list[Utterance]
+) -> None:
+    waveform = load_audio(clips[0].audio_path, target_rate=16_000)
+    (expected,) = recogniser.recognise(waveform, decoder="beam", n_best=3)
+    response = _recognise(
+        server, clips[0].audio_path.read_bytes(), Config(max_alternatives=3, language_code="en-GB")
+    )
+    (result,) = response.results
+    assert [a.transcript for a in result.alternatives] == [
+        a.transcript for a in expected.alternatives
+    ]
+    words = result.alternatives[0].words
+    assert [w.word for w in words] == [w.text for w in expected.alternatives[0].words]
+    starts = [w.start_time.ToMilliseconds() / 1000 for w in words]
+    assert starts == pytest.approx([w.start_s for w in expected.alternatives[0].words], abs=1e-3)
+    assert 0 < result.alternatives[0].confidence <= 1
+    assert result.language_code == "en-US"
+    assert response.total_billed_time.ToMilliseconds() == pytest.approx(len(waveform) / 16, abs=30)
+
+
+@pytest.mark.parametrize("decoder", [Config.GREEDY, Config.BEAM])
+def test_stream_gives_the_text_of_recognize(
+    server: RunningServer, clips: list[Utterance], decoder: Config.DecoderKind
+) -> None:
+    sample_rate, n_channels, pieces = read_pcm(clips[2].audio_path)
+    pcm = list(pieces)
+    config = Config(
+        encoding=Config.LINEAR16,
+        sample_rate_hertz=sample_rate,
+        audio_channel_count=n_channels,
+        decoder=decoder,
+    )
+    streaming = pb.StreamingRecognitionConfig(config=config, interim_results=True)
+    results = list(stream_recognise(server.address, pcm, streaming))
+    finals = [r for r in results if r.is_final]
+    assert len(results) > len(finals)
+    assert not any(r.alternatives[0].words for r in results if not r.is_final)
+    whole = _recognise(server, b"".join(pcm), config)
+    assert " ".join(r.alternatives[0].transcript for r in finals) == _transcript(whole)
+
+
+@pytest.mark.parametrize(
+    ("file_format", "subtype"),
+    [("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")],
+)
+def test_every_format_is_transcribed(
+    server: RunningServer, clips: list[Utterance], file_format: str, subtype: str
+) -> None:
+    samples = load_audio(clips[3].audio_path, target_rate=16_000)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, 16_000, format=file_format, subtype=subtype)
+    greedy = Config(decoder=Config.GREEDY)
+    reference = _transcript(_recognise(server, _wav(samples, 16_000), greedy)).replace(" ", "")
+    transcript = _transcript(_recognise(server, buffer.getvalue(), greedy)).replace(" ", "")
+    same = sum(a == b for a, b in zip(reference, transcript, strict=False))
+    assert len(transcript) == pytest.approx(len(reference), abs=10)
+    assert transcript[:3] == reference[:3]
+    assert same > 3
+
+
+def test_eight_channels_and_192_khz_are_transcribed(
+    server: RunningServer, clips: list[Utterance]
+) -> None:
+    samples = load_audio(clips[1].audio_path, target_rate=16_000)
+    expected = _transcript(_recognise(server, _wav(samples, 16_000)))
+    eight = np.repeat(samples[:, None], 8, axis=1)
+    assert _transcript(_recognise(server, _wav(eight, 16_000))) == expected
+    fast = np.repeat(samples, 12)
+    assert _transcript(_recognise(server, _wav(fast, 192_000))) != ""
+
+
+def test_silence_is_an_empty_transcript(server: RunningServer) -> None:
+    response = _recognise(server, _wav(np.zeros(16_000, np.float32), 16_000))
+    assert _transcript(response) == ""
+
+
+def test_odd_number_of_pcm_bytes_is_answered(server: RunningServer, clips: list[Utterance]) -> None:
+    _, _, pieces = read_pcm(clips[1].audio_path)
+    pcm = b"".join(pieces)
+    config = Config(encoding=Config.LINEAR16, sample_rate_hertz=16_000)
+    odd = _transcript(_recognise(server, pcm + b"\x01", config))
+    assert odd == _transcript(_recognise(server, pcm, config))
+
+
+def test_wav_cut_off_in_its_samples_is_answered(
+    server: RunningServer, clips: list[Utterance]
+) -> None:
+    wav = _wav(load_audio(clips[1].audio_path, target_rate=16_000), 16_000)
+    assert _transcript(_recognise(server, wav[: len(wav) // 2])) != ""
+
+
+def test_bad_audio_is_refused_with_its_cause(server: RunningServer) -> None:
+    tone = np.sin(np.arange(16_000) / 10).astype(np.float32)
+    wav = _wav(tone, 16_000)
+    not_a_number = tone.copy()
+    not_a_number[5_000] = np.nan
+    assert "empty" in _refusal(server, b"")
+    assert "empty" in _refusal(server, _wav(tone[:0], 16_000))
+    assert "cut off inside its header" in _refusal(server, wav[:30])
+    assert "no header" in _refusal(server, b"To whom it may concern: " * 20)
+    assert "not numbers" in _refusal(server, _wav(not_a_number, 16_000, "FLOAT"))
+    assert "8000 Hz but the WAV header says 16000" in _refusal(
+        server, wav, Config(sample_rate_hertz=8_000)
+    )
+    assert "2 channels" in _refusal(server, wav, Config(audio_channel_count=2))
+    assert "FLAC" in _refusal(server, wav, Config(encoding=Config.FLAC))
+    assert "cannot be decoded" in _refusal(server, b"OggS" + bytes(range(256)) * 20)
+
+
+def test_fields_that_are_not_served_are_refused(server: RunningServer) -> None:
+    wav = _wav(np.zeros(16_000, np.float32), 16_000)
+    contexts = [pb.SpeechContext(phrases=["voxgate"])]
+    assert "speech_contexts" in _refusal(server, wav, Config(speech_contexts=contexts))
+    assert "domain" in _refusal(server, wav, Config(domain="barista"))
+    assert "encoding" in _refusal(server, wav, Config(encoding=Config.MULAW))
+    assert "encoding" in _refusal(server, wav, Config(encoding=99))  # type: ignore[arg-type]
+    assert "decoder" in _refusal(server, wav, Config(decoder=99))  # type: ignore[arg-type]
+    assert "max_alternatives" in _refusal(server, wav, Config(max_alternatives=31))
+    assert "sample_rate_hertz" in _refusal(server, wav, Config(sample_rate_hertz=-1))
+    assert "en-small" in _refusal(server, wav, Config(model="de-large"))
+    assert "en-US" in _refusal(server, wav, Config(language_code="de-DE"))
+    with pytest.raises(grpc.RpcError, match="uri is not served"):
+        server.stub.Recognize(pb.RecognizeRequest(audio=pb.RecognitionAudio(uri="gs://a/b")))
+    single = _config_request(single_utterance=True)
+    assert "single_utterance" in _stream_refusal(server, [single])
+
+
+def test_stream_that_breaks_the_order_is_refused(server: RunningServer) -> None:
+    audio = pb.StreamingRecognizeRequest(audio_content=b"\x00\x00")
+    assert "closed before its config" in _stream_refusal(server, [])
+    assert "expected streaming_config" in _stream_refusal(server, [audio])
+    assert "expected streaming_config" in _stream_refusal(server, [pb.StreamingRecognizeRequest()])
+    config = _config_request()
+    assert "expected audio_content" in _stream_refusal(server, [config, audio, config])
+
+
+def test_stream_without_audio_ends_without_results(server: RunningServer) -> None:
+    assert list(server.stub.StreamingRecognize(iter([_config_request()]), timeout=30)) == []
+
+
+def test_stream_error_comes_after_the_results_so_far(
+    server: RunningServer, clips: list[Utterance]
+) -> None:
+    """A stream that turns bad loses nothing that was recognised before."""
+    samples = np.concatenate([load_audio(c.audio_path, target_rate=16_000) for c in clips])
+    data = _wav(samples, 16_000, "FLOAT") + struct.pack("<f", float("nan")) * 4
+    size = struct.pack("<I", 0xFFFFFFFF)
+    place = data.index(b"data") + 4
+    data = data[:place] + size + data[place + 4 :]
+
+    def requests() -> Iterator[pb.StreamingRecognizeRequest]:
+        yield _config_request(config=Config(decoder=Config.GREEDY))
+        for start in range(0, len(data), 64_000):
+            yield pb.StreamingRecognizeRequest(audio_content=data[start : start + 64_000])
+
+    received: list[pb.StreamingRecognizeResponse] = []
+    with pytest.raises(grpc.RpcError, match="not numbers"):
+        received.extend(server.stub.StreamingRecognize(requests(), timeout=60))
+    assert any(result.is_final for response in received for result in response.results)
+
+
+def test_message_of_ten_minutes_of_pcm_is_accepted(server: RunningServer) -> None:
+    config = Config(encoding=Config.LINEAR16, sample_rate_hertz=16_000, decoder=Config.GREEDY)
+    response = _recognise(server, bytes(600 * 32_000), config)
+    assert response.total_billed_time.seconds == pytest.approx(600, abs=1)
+    assert len(response.results) >= 20
+
+
+def test_cancelled_streams_leave_the_server_serving(
+    server: RunningServer, clips: list[Utterance]
+) -> None:
+    data = clips[0].audio_path.read_bytes()
+
+    def endless() -> Iterator[pb.StreamingRecognizeRequest]:
+        yield _config_request(interim_results=True)
+        for _ in range(3):
+            yield pb.StreamingRecognizeRequest(audio_content=data[:2_000])
+            time.sleep(0.01)
+        time.sleep(0.5)
+
+    calls = [server.stub.StreamingRecognize(endless()) for _ in range(20)]
+    time.sleep(0.2)
+    for call in calls:
+        call.cancel()
+    assert _transcript(_recognise(server, data)) != ""
+
+
+def test_models_are_listed(server: RunningServer) -> None:
+    response = server.stub.ListModels(pb.ListModelsRequest())
+    assert [(m.name, m.language_code, m.sample_rate_hertz) for m in response.models] == [
+        ("en-small", "en-US", 16_000)
+    ]
+
+
+def test_health_is_told_for_the_server_and_the_service(server: RunningServer) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "voxgate.v1.Speech"):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name))
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_stop_lets_a_running_stream_end(clips: list[Utterance]) -> None:
+    data = clips[0].audio_path.read_bytes()
+    with run_server("--decoder", "greedy", "--threads", "1") as server:
+
+        def slow() -> Iterator[pb.StreamingRecognizeRequest]:
+            yield _config_request()
+            yield pb.StreamingRecognizeRequest(audio_content=data[:5_000])
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(1.0)
+            yield pb.StreamingRecognizeRequest(audio_content=data[5_000:])
+
+        responses = list(server.stub.StreamingRecognize(slow(), timeout=30))
+        assert [r.is_final for response in responses for r in response.results] == [True]
+        assert server.process.wait(timeout=20) == 0
+        assert not check_health(server.address)
+
+
+def test_start_fails_with_the_cause_and_status_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", "0"]
+    missing = subprocess.run(
+        [*command, "--bundle", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert missing.returncode == 2
+    assert "is no bundle" in missing.stderr
+    cuda = subprocess.run(
+        [*command, "--provider", "cuda"], capture_output=True, text=True, check=False
+    )
+    assert cuda.returncode == 2
+    assert "make install-gpu" in cuda.stderr
+
+
+def test_port_in_use_is_named(server: RunningServer) -> None:
+    port = server.address.split(":")[1]
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", port]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+
+
+def test_client_says_when_no_server_answers() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert not check_health(address)
+        with pytest.raises(ServerError, match="voxgate serve"):
+            list(stream_recognise(address, [], pb.StreamingRecognitionConfig()))
