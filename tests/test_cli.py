@@ -276,7 +276,7 @@ def test_whole_path_from_recordings_to_transcript(tmp_path: Path) -> None:
                     "text": word,
                     "speaker": speaker,
                     "corpus": "tones",
-                }  # fmt: skip
+                }
             )
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / f"{part}.jsonl").write_text(lines)
