@@ -51,12 +51,12 @@ $(VENV)/.prerequisites:
 
 $(VENV)/.runtime: pyproject.toml | $(VENV)/.prerequisites
 	@echo "== installing the runtime (a minute or two the first time; kenlm is compiled)"
-	@$(PIP) install --quiet --progress-bar on --editable .
+	@$(PIP) install --progress-bar on --editable .
 	@touch $@
 
 $(VENV)/.development: pyproject.toml | $(VENV)/.prerequisites
 	@echo "== installing what training and tests need (torch: some minutes the first time)"
-	@$(PIP) install --quiet --progress-bar on --editable '.[train,dev]'
+	@$(PIP) install --progress-bar on --editable '.[train,dev]'
 	@touch $@ $(VENV)/.runtime
 
 $(BIN)/lmplz: | $(VENV)/.development

@@ -40,7 +40,7 @@ app = typer.Typer(
 lm_app = typer.Typer(no_args_is_help=True, help="Language models.")
 app.add_typer(lm_app, name="lm")
 
-_stderr = Console(stderr=True)
+_stderr = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 DEFAULT_PORT: Final = 50051
 
@@ -408,7 +408,7 @@ def _progress_bar() -> Progress:
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
-    table = Table("corpus", "words", "WER", "CER", "substitutions", "deletions", "insertions")
+    table = Table("corpus", "words", "WER", "CER", "sub", "del", "ins")
     for name, counts in [*sorted(evaluation.corpora.items()), ("total", evaluation.total)]:
         table.add_row(
             name or "-",
@@ -441,7 +441,7 @@ def _require(module: str, command: str) -> None:
 
 
 def _fail(message: str, *, status: int) -> NoReturn:
-    _stderr.print(f"voxgate: {message}", style="red", highlight=False, soft_wrap=True)
+    _stderr.print(f"voxgate: {message}", style="red")
     sys.exit(status)
 
 

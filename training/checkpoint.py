@@ -84,11 +84,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def save_weights(checkpoint: Checkpoint, path: Path) -> None:
-    """Write the averaged weights alone, in half precision: what a fine-tuning run starts from."""
+    """Write the averaged weights alone, in half precision: what a fine-tuning run starts from.
+
+    Of the settings, those that name files of this machine stay behind.
+    """
     halved = {name: value.half() for name, value in checkpoint.averaged.items()}
+    settings = {
+        **{p: checkpoint.settings[p] for p in ("features", "model", "augment", "optimiser")},
+        "data": {"corpora": checkpoint.settings["data"]["corpora"]},
+    }
     save_checkpoint(
         Checkpoint(
-            settings=checkpoint.settings,
+            settings=settings,
             tokens=checkpoint.tokens,
             phones=checkpoint.phones,
             averaged=halved,

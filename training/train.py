@@ -173,7 +173,12 @@ class _Run:
 
     def _forward(self, batch: Batch, model: nn.Module, dtype: torch.dtype) -> Losses:
         device = self.world.device
-        features = _augment(batch, self.model.feature_mean.cpu(), self.settings.augment)
+        features = _augment(
+            batch,
+            self.settings.augment,
+            fill=self.model.feature_mean.cpu(),
+            frames_per_s=1 / self._frame_s,
+        )
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             token_logits, phone_logits, lengths = model(
                 features.to(device), batch.feature_lengths.to(device)
@@ -323,10 +328,10 @@ class _Run:
 
     def _choose_precision(self) -> torch.dtype:
         batch = next(iter(self._stream()))
-        probe = nn.Module.train(self.model)
+        self.model.train()
 
         def step(dtype: torch.dtype) -> None:
-            losses = self._forward(batch, probe, dtype)
+            losses = self._forward(batch, self.model, dtype)
             losses.combine(0.5).backward()
             self.optimiser.zero_grad()
 
@@ -399,18 +404,20 @@ class _Meter:
         )
 
 
-def _augment(batch: Batch, mean: Tensor, options: AugmentSettings) -> Tensor:
+def _augment(
+    batch: Batch, options: AugmentSettings, *, fill: Tensor, frames_per_s: float
+) -> Tensor:
     features = shift_level(batch.features, level_db=options.level_db, tilt_db=options.tilt_db)
     return spec_augment(
         features,
         batch.feature_lengths,
-        fill=mean,
+        fill=fill,
         n_frequency_masks=options.n_frequency_masks,
         frequency_width=options.frequency_width,
         time_masks_per_s=options.time_masks_per_s,
         time_width_frames=options.time_width_frames,
         time_share=options.time_share,
-        frames_per_s=100.0,
+        frames_per_s=frames_per_s,
     )
 
 
