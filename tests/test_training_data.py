@@ -1,0 +1,359 @@
+"""Training data: labels, stored features, batches and pronunciations."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import soundfile
+import soxr
+import torch
+from lhotse import CutSet
+from lhotse.testing.dummies import dummy_cut, dummy_supervision
+from tiny import FRAMES_PER_S, N_MELS, SAMPLE_RATE, TEXTS, say, write_manifest, write_recordings
+from torch.nn.functional import ctc_loss
+
+from service.errors import ManifestError, TrainingError
+from service.features import FeatureSettings, log_mel
+from service.text import BLANK_TOKEN, CHARACTERS, decode, encode
+from training import feature_store
+from training.data import (
+    Batch,
+    BatchStream,
+    LabelReport,
+    Labels,
+    collate,
+    frames_needed,
+    load_batches,
+    make_labels,
+    read_cuts,
+)
+from training.feature_store import FeatureStore, store_features
+from training.lexicon import PHONES, load_dictionary, parse_dictionary, pronounce, unknown_words
+
+_SETTINGS = FeatureSettings(n_mels=N_MELS)
+_FASTER = 1.1
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Recordings of many kinds and their features at two speeds."""
+
+    folder: Path
+    cuts: CutSet
+    at_speed: dict[float, FeatureStore]
+
+    @property
+    def utterance_ids(self) -> list[str]:
+        return [cut.id for cut in self.cuts]
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        samples, _ = soundfile.read(self.folder / name, dtype="float32")
+        return np.asarray(samples)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> _Stored:
+    folder = tmp_path_factory.mktemp("recordings")
+    rows = write_recordings(folder, TEXTS, speaker="anna")
+    rows += write_recordings(folder, ["bad cab"], speaker="phone", sample_rate=8_000)
+    left = say("dead bee")
+    right = say("a bead  ")[: len(left)]
+    soundfile.write(folder / "stereo.wav", np.stack([left, right], axis=1), SAMPLE_RATE)
+    rows.append({"audio_filepath": "stereo.wav", "text": "dead bee", "speaker": "anna"})
+    cuts = read_cuts([write_manifest(folder / "train.jsonl", rows)])
+    stores = {
+        speed: store_features(
+            cuts, speed=speed, settings=_SETTINGS, cache=folder / "features", n_jobs=1
+        )
+        for speed in (1.0, _FASTER)
+    }
+    return _Stored(folder, cuts, stores)
+
+
+def _make_cuts(durations_s: Sequence[float], texts: Sequence[str] | None = None) -> CutSet:
+    """Cuts without audio, named c0, c1, …"""
+    return CutSet.from_cuts(
+        dummy_cut(
+            i,
+            duration=duration_s,
+            recording_duration=duration_s,
+            supervisions=[dummy_supervision(i, text=texts[i] if texts else "a")],
+        ).with_id(f"c{i}")
+        for i, duration_s in enumerate(durations_s)
+    )
+
+
+def _draw_cuts(n_cuts: int) -> CutSet:
+    draw = random.Random(4)
+    return _make_cuts([round(draw.uniform(0.5, 9.0), 2) for _ in range(n_cuts)])
+
+
+def _make_stream(
+    cuts: CutSet, *, batch_s: float = 40.0, seed: int = 1, epoch: int = 0, **arguments: Any
+) -> BatchStream:
+    labels = {cut.id: Labels(tokens=(1, 2), phones=(3,)) for cut in cuts}
+    stores = arguments.pop("stores", [])
+    return BatchStream(cuts, labels, stores, batch_s=batch_s, seed=seed, epoch=epoch, **arguments)
+
+
+def _label(
+    durations_s: Sequence[float],
+    texts: Sequence[str],
+    *,
+    subsampling: int = 4,
+    fastest: float = 1.0,
+    shortest_s: float = 0.0,
+    longest_s: float = 99.0,
+) -> tuple[dict[str, Labels], LabelReport]:
+    return make_labels(
+        _make_cuts(durations_s, texts),
+        tokens=CHARACTERS,
+        dictionary=load_dictionary(),
+        subsampling=subsampling,
+        frames_per_s=FRAMES_PER_S,
+        fastest=fastest,
+        shortest_s=shortest_s,
+        longest_s=longest_s,
+    )
+
+
+# Labels
+
+
+def test_frames_needed_equals_what_ctc_can_align() -> None:
+    for n_labels in range(1, 5):
+        for labels in itertools.product((1, 2), repeat=n_labels):
+            for n_frames in range(1, 9):
+                nll = ctc_loss(
+                    torch.full((n_frames, 1, 3), 1 / 3).log(),
+                    torch.tensor([labels]),
+                    torch.tensor([n_frames]),
+                    torch.tensor([n_labels]),
+                )
+                assert bool(nll.isfinite()) == (frames_needed(labels) <= n_frames), labels
+
+
+def test_frames_needed_of_nothing_is_nothing() -> None:
+    assert frames_needed([]) == 0
+
+
+def test_make_labels_says_the_text_and_its_phones() -> None:
+    labels, report = _label([2.0, 3.0], ["bad cab", "a"])
+    assert decode(labels["c0"].tokens, CHARACTERS) == "bad cab"
+    assert [PHONES[i] for i in labels["c0"].phones] == "B AE D K AE B".split()
+    assert list(labels) == ["c0", "c1"]
+    assert report == LabelReport(n_utterances=2)
+    assert "2 utterances: 2 kept" in str(report)
+
+
+def test_make_labels_leaves_out_what_is_outside_the_durations() -> None:
+    labels, report = _label(
+        [0.99, 1.0, 5.0, 5.01], ["a", "a", "a", "a"], shortest_s=1.0, longest_s=5.0
+    )
+    assert list(labels) == ["c1", "c2"]
+    assert report == LabelReport(n_utterances=4, n_outside_duration=2)
+
+
+def test_make_labels_leaves_out_empty_transcripts() -> None:
+    labels, report = _label([2.0, 2.0], ["", "a"])
+    assert list(labels) == ["c1"]
+    assert report == LabelReport(n_utterances=2, n_empty=1)
+
+
+@pytest.mark.parametrize(
+    ("subsampling", "fastest", "too_short_s", "long_enough_s"),
+    [(4, 1.0, 0.105, 0.115), (2, 1.0, 0.065, 0.075), (4, 1.1, 0.115, 0.125)],
+)
+def test_make_labels_leaves_out_what_is_too_dense(
+    subsampling: int, fastest: float, too_short_s: float, long_enough_s: float
+) -> None:
+    labels, report = _label(  # "aa" needs three frames
+        [too_short_s, long_enough_s], ["aa", "aa"], subsampling=subsampling, fastest=fastest
+    )
+    assert list(labels) == ["c1"]
+    assert report.n_too_dense == 1
+    assert "2 utterances: 1 kept" in str(report)
+
+
+def test_make_labels_masks_the_phones_of_unknown_words() -> None:
+    labels, report = _label([4.0] * 3, ["zyxwvq bad", "bad zyxwvq qzx", "bad"])
+    assert [labels[i].phones for i in ("c0", "c1")] == [(), ()]
+    assert decode(labels["c0"].tokens, CHARACTERS) == "zyxwvq bad"
+    assert labels["c2"].phones
+    assert report.n_without_phones == 2
+    assert report.unknown_words == {"zyxwvq": 2, "qzx": 1}
+
+
+def test_make_labels_masks_phones_that_do_not_fit() -> None:
+    labels, report = _label([0.085, 0.125], ["x", "x"])  # one letter, three phones: EH K S
+    assert labels["c0"] == Labels(tokens=tuple(encode("x", CHARACTERS)), phones=())
+    assert len(labels["c1"].phones) == 3
+    assert report.n_too_dense == 0
+
+
+def test_kept_labels_have_a_finite_loss_at_the_fastest_speed(stored: _Stored) -> None:
+    labels, _ = make_labels(
+        stored.cuts,
+        tokens=CHARACTERS,
+        dictionary=load_dictionary(),
+        subsampling=4,
+        frames_per_s=FRAMES_PER_S,
+        fastest=_FASTER,
+        shortest_s=0.0,
+        longest_s=99.0,
+    )
+    assert labels
+    for utterance_id, label in labels.items():
+        n_frames = len(stored.at_speed[_FASTER].load(utterance_id)[::4])
+        assert max(frames_needed(label.tokens), frames_needed(label.phones)) <= n_frames
+
+
+# Manifests
+
+
+def test_read_cuts_reads_the_chosen_corpora(tmp_path: Path) -> None:
+    rows = write_recordings(tmp_path, ["bad"], speaker="anna", corpus="one")
+    rows += write_recordings(tmp_path, ["Cab!"], speaker="bela", corpus="two")
+    manifest = write_manifest(tmp_path / "train.jsonl", rows)
+    assert [cut.id for cut in read_cuts([manifest])] == ["anna-0.wav", "bela-0.wav"]
+    (cut,) = read_cuts([manifest], corpora=["two"])
+    assert (cut.supervisions[0].text, cut.supervisions[0].speaker) == ("cab", "bela")
+    assert cut.supervisions[0].custom["corpus"] == "two"
+    assert cut.duration == pytest.approx(0.36)
+
+
+def test_read_cuts_names_the_corpora_there_are(tmp_path: Path) -> None:
+    rows = write_recordings(tmp_path, ["bad"], speaker="anna", corpus="one")
+    manifest = write_manifest(tmp_path / "train.jsonl", rows)
+    with pytest.raises(TrainingError, match=r"'two'.*they have \['one'\]"):
+        read_cuts([manifest], corpora=["two"])
+
+
+def test_read_cuts_refuses_a_recording_listed_twice(tmp_path: Path) -> None:
+    rows = write_recordings(tmp_path, ["bad"], speaker="anna")
+    manifest = write_manifest(tmp_path / "train.jsonl", rows)
+    with pytest.raises(TrainingError, match="share an audio_filepath"):
+        read_cuts([manifest, manifest])
+
+
+def test_read_cuts_refuses_missing_audio(tmp_path: Path) -> None:
+    rows = write_recordings(tmp_path, ["bad", "cab"], speaker="anna")
+    manifest = write_manifest(tmp_path / "train.jsonl", rows)
+    (tmp_path / "anna-1.wav").unlink()
+    with pytest.raises(TrainingError, match=r"cannot open .*anna-1\.wav"):
+        read_cuts([manifest])
+
+
+def test_read_cuts_refuses_what_is_no_audio(tmp_path: Path) -> None:
+    (tmp_path / "letter.wav").write_text("Dear Sir or Madam")
+    rows = [{"audio_filepath": "letter.wav", "text": "bad"}]
+    with pytest.raises(TrainingError, match=r"cannot open .*letter\.wav"):
+        read_cuts([write_manifest(tmp_path / "train.jsonl", rows)])
+
+
+def test_read_cuts_refuses_a_missing_transcript(tmp_path: Path) -> None:
+    rows = write_recordings(tmp_path, ["bad"], speaker="anna")
+    del rows[0]["text"]
+    with pytest.raises(TrainingError, match=r"anna-0\.wav has no text"):
+        read_cuts([write_manifest(tmp_path / "train.jsonl", rows)])
+
+
+def test_read_cuts_refuses_a_missing_manifest(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match=r"absent\.jsonl"):
+        read_cuts([tmp_path / "absent.jsonl"])
+
+
+# Stored features
+
+
+def test_stored_features_equal_those_of_the_service(stored: _Stored) -> None:
+    for number in range(len(TEXTS)):
+        name = f"anna-{number}.wav"
+        expected = log_mel(stored.read(name), _SETTINGS).astype(np.float16)
+        assert np.array_equal(stored.at_speed[1.0].load(name).numpy(), expected), name
+
+
+def test_stored_features_of_another_rate_are_those_of_resampled_audio(stored: _Stored) -> None:
+    waveform = soxr.resample(stored.read("phone-0.wav"), 8_000, SAMPLE_RATE)
+    expected = log_mel(waveform, _SETTINGS)
+    features = stored.at_speed[1.0].load("phone-0.wav").numpy()
+    assert features.shape == expected.shape
+    np.testing.assert_allclose(features[:, :13], expected[:, :13], atol=0.2)  # below 3.5 kHz
+
+
+def test_stored_features_of_a_stereo_recording_are_those_of_its_mean(stored: _Stored) -> None:
+    expected = log_mel(stored.read("stereo.wav").mean(axis=1), _SETTINGS)
+    features = stored.at_speed[1.0].load("stereo.wav").numpy()
+    assert features.shape == expected.shape
+    np.testing.assert_allclose(features, expected, atol=0.02)
+
+
+def test_stored_features_at_a_speed_are_shorter_and_higher(stored: _Stored) -> None:
+    for utterance_id in stored.utterance_ids[: len(TEXTS)]:
+        normal = stored.at_speed[1.0].load(utterance_id)
+        faster = stored.at_speed[_FASTER].load(utterance_id)
+        assert len(faster) == pytest.approx(len(normal) / _FASTER, abs=1.5)
+        assert _mean_band(faster) > _mean_band(normal) + 0.1
+
+
+def _mean_band(features: torch.Tensor) -> float:
+    energies = features.exp().sum(dim=0)
+    return float((energies * torch.arange(N_MELS)).sum() / energies.sum())
+
+
+def test_store_features_finds_what_was_computed(stored: _Stored) -> None:
+    (folder,) = (stored.folder / "features").glob("*-1.0")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert sorted(path.name for path in before) == ["0.json", "0.npy"]
+    store_features(
+        stored.cuts, speed=1.0, settings=_SETTINGS, cache=stored.folder / "features", n_jobs=1
+    )
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_store_features_goes_on_where_it_was_interrupted(
+    stored: _Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_store, "_PART_CUTS", 4)
+    name = feature_store._store_name(stored.cuts, speed=1.0, settings=_SETTINGS)
+    folder = tmp_path / name
+    folder.mkdir()
+    whole = stored.at_speed[1.0]
+    for part, ids in enumerate(itertools.batched_ids(stored.utterance_ids, 4)):
+        _write_part(folder, part, {i: whole.load(i).numpy() for i in ids})
+    (folder / "1.json").unlink()
+    (folder / "1.npy").write_bytes(b"half a part")
+    (folder / "2.unfinished.npy").write_bytes(b"half a part")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    store = store_features(
+        stored.cuts, speed=1.0, settings=_SETTINGS, cache=tmp_path, n_jobs=1
+    )
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert {n for n in after if after[n] != before.get(n)} == {"1.json", "1.npy"}
+    for utterance_id in stored.utterance_ids:
+        assert torch.equal(store.load(utterance_id), whole.load(utterance_id)), utterance_id
+
+
+def test_store_name_depends_on_recordings_settings_and_speed(stored: _Stored) -> None:
+    def name(cuts: CutSet, speed: float, settings: FeatureSettings) -> str:
+        return feature_store._store_name(cuts, speed=speed, settings=settings)
+
+    names = {
+        name(stored.cuts, 1.0, _SETTINGS),
+        name(stored.cuts, 1.1, _SETTINGS),
+        name(stored.cuts, 1.0, FeatureSettings(n_mels=N_MELS + 1)),
+        name(stored.cuts.subset(first=3), 1.0, _SETTINGS),
+        name(stored.cuts.subset(last=3), 1.0, _SETTINGS),
+    }
+    assert len(names) == 5
+    assert name(stored.cuts, 1.0, FeatureSettings(n_mels=N_MELS)) in names
