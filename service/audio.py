@@ -36,6 +36,7 @@ MOST_CHANNELS: Final = 32
 _PUSH_BYTES: Final = 1 << 20
 _BLOCK_FRAMES: Final = 1 << 22  # soundfile seeks after each block, which mp3 pays for
 _SNIFF_BYTES: Final = 12
+_LOUDEST: Final = 1e6  # float samples beyond are no audio, and could overflow in what follows
 _TEXT_BYTES: Final = 512
 _LONGEST_HEADER_BYTES: Final = 1 << 20
 
@@ -124,9 +125,9 @@ class AudioStream:
 
     def _convert(self, reader: _Reader, frames: FloatArray, *, is_last: bool) -> FloatArray:
         """Average the channels of (time, channel) frames and resample them: (time,)."""
-        if not np.isfinite(frames).all():
+        if not (np.abs(frames) <= _LOUDEST).all():  # NaN is not either
             raise AudioError(
-                "the audio has samples that are not numbers (NaN or infinite); "
+                "the audio has samples that are not numbers (NaN or infinite) or far too large; "
                 "expected values between -1 and 1: repair or re-encode the recording"
             )
         mono: FloatArray = frames.mean(axis=1, dtype=np.float32)
@@ -268,7 +269,11 @@ class _ContainerReader:
                 _check_claims(self._format, self._name, file.samplerate, file.channels)
                 self.sample_rate = file.samplerate
                 self.is_open = True
-                yield from file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)
+                while True:
+                    block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)
+                    yield block
+                    if len(block) < _BLOCK_FRAMES:  # not file.blocks(): it trusts the header
+                        break
         except soundfile.LibsndfileError as error:
             raise AudioError(
                 f"the {self._name} audio cannot be decoded ({error.error_string.strip()}); "
@@ -354,10 +359,10 @@ def _open_reader(head: bytes, said: AudioFormat, *, is_complete: bool) -> _Reade
         if said.encoding not in (None, found):
             raise _contradiction(said.encoding, found.value)
         return _ContainerReader(found.value, said)
-    return _open_headerless(head, said)
+    return _open_headerless(head, said, is_complete=is_complete)
 
 
-def _open_headerless(head: bytes, said: AudioFormat) -> _Reader | None:
+def _open_headerless(head: bytes, said: AudioFormat, *, is_complete: bool) -> _Reader | None:
     if not head:
         return None
     if said.encoding is not None and said.encoding != Encoding.LINEAR16:
@@ -365,7 +370,10 @@ def _open_headerless(head: bytes, said: AudioFormat) -> _Reader | None:
             f"the audio was said to be {said.encoding.value} but begins with {head[:12]!r}, "
             "which is no such header; send the file's bytes from its start, or correct the encoding"
         )
-    if said.header_required or (said.encoding is None and _looks_like_text(head)):
+    may_be_text = said.encoding is None and _looks_like_text(head)
+    if may_be_text and len(head) < _TEXT_BYTES and not is_complete and not said.header_required:
+        return None  # the answer may not depend on how the bytes are cut
+    if said.header_required or may_be_text:
         raise AudioError(
             f"the data begins with {head[:12]!r}, which is no header of a WAV, FLAC, Ogg or mp3 "
             "file; convert the recording to one of these"
@@ -386,7 +394,7 @@ _UNDECIDED: Final = _Undecided.UNDECIDED
 
 def _sniff(head: bytes, *, is_complete: bool) -> Encoding | _Undecided | None:
     """The encoding a header names; None if there is no header."""
-    if head[:4] in (b"RIFF", b"RF64") and head[8:12] in (b"WAVE", b""):
+    if head[:4] in (b"RIFF", b"RF64") and b"WAVE".startswith(head[8:12]):
         return Encoding.WAV
     if head[:4] == b"fLaC":
         return Encoding.FLAC

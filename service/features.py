@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -30,7 +30,7 @@ class FeatureSettings(BaseModel):
     """Rate of the waveform the features are computed from, Hz."""
     n_mels: int = Field(default=80, ge=8, le=128)
     """Mel bands, the width of a feature vector."""
-    window_ms: float = Field(default=25.0, gt=0)
+    window_ms: float = Field(default=25.0, gt=0, le=1000)
     """Length of an analysis window, milliseconds."""
     hop_ms: float = Field(default=10.0, gt=0)
     """Distance between windows, milliseconds."""
@@ -39,15 +39,26 @@ class FeatureSettings(BaseModel):
     preemphasis: float = Field(default=0.97, ge=0, lt=1)
     """Coefficient of the first-order high-pass applied inside each window."""
 
+    @model_validator(mode="after")
+    def _check(self) -> FeatureSettings:
+        if not 1 <= self.hop_samples <= self.window_samples or self.window_samples < 2:
+            raise ValueError(
+                f"a window of {self.window_samples} samples every {self.hop_samples}: expected a "
+                "window of at least 2 samples and a hop of at least 1, no longer than the window"
+            )
+        if self.low_hz >= self.sample_rate / 2:
+            raise ValueError(f"low_hz is {self.low_hz}, expected less than half the sample rate")
+        return self
+
     @property
     def window_samples(self) -> int:
         """Samples of one analysis window."""
-        return round(self.sample_rate * self.window_ms / 1000)
+        return int(self.sample_rate * self.window_ms / 1000)
 
     @property
     def hop_samples(self) -> int:
         """Samples from one window's start to the next one's."""
-        return round(self.sample_rate * self.hop_ms / 1000)
+        return int(self.sample_rate * self.hop_ms / 1000)
 
 
 def log_mel(waveform: FloatArray, settings: FeatureSettings) -> FloatArray:

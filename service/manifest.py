@@ -45,7 +45,7 @@ def read_manifest(path: Path) -> list[Utterance]:
         ManifestError: the file cannot be read, or a line is not what a manifest holds.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"cannot read the manifest {path}: {error}") from error
     return [

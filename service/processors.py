@@ -17,14 +17,13 @@ def count_usable_processors(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 def _read_quota(cgroup: Path) -> float | None:
     """Processors' worth of time the cgroup grants (v2, then v1); None without a limit."""
-    try:
-        limit, period = (cgroup / "cpu.max").read_text(encoding="utf-8").split()
-    except (OSError, ValueError):
+    v1 = cgroup / "cpu"
+    for files in ((cgroup / "cpu.max",), (v1 / "cpu.cfs_quota_us", v1 / "cpu.cfs_period_us")):
         try:
-            limit = (cgroup / "cpu" / "cpu.cfs_quota_us").read_text(encoding="utf-8").strip()
-            period = (cgroup / "cpu" / "cpu.cfs_period_us").read_text(encoding="utf-8").strip()
-        except OSError:
-            return None
-    if limit == "max" or limit.startswith("-"):
-        return None
-    return int(limit) / int(period)
+            limit, period = " ".join(f.read_text(encoding="utf-8") for f in files).split()
+            if limit == "max" or limit.startswith("-"):
+                return None
+            return int(limit) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):  # not there, or not understood
+            continue
+    return None

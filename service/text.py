@@ -35,7 +35,7 @@ def normalise(text: str) -> str:
     Accents are dropped (`café` → `cafe`), every other sign separates words. Idempotent.
     An apostrophe is kept inside a word only (`don't`); one at an edge is a quotation mark.
     """
-    text = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES).lower())
+    text = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES)).lower()
     text = "".join(c for c in text if not unicodedata.combining(c))
     for sign, words in _SPELLED_OUT.items():
         text = text.replace(sign, words)

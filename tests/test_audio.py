@@ -392,6 +392,25 @@ def test_stream_gives_samples_as_they_arrive() -> None:
     assert stream.n_bytes == len(data)
 
 
+@pytest.mark.parametrize(("tag", "n_bits"), [(PCM, 24), (IEEE_FLOAT, 32)])
+def test_stream_gives_samples_of_an_extensible_wav_as_they_arrive(tag: int, n_bits: int) -> None:
+    plain = format_chunk(tag=EXTENSIBLE, n_bits=n_bits)[8:]
+    guid = struct.pack("<H", tag) + GUID_TAIL
+    layout = chunk(b"fmt ", plain + struct.pack("<HHI", 22, n_bits, 0) + guid)
+    samples = noise(400)[:, 0]
+    if tag == IEEE_FLOAT:
+        body = samples.astype("<f4").tobytes()
+    else:
+        body = b"".join(
+            round(x * 2**23).to_bytes(3, "little", signed=True) for x in samples.tolist()
+        )
+    stream = AudioStream(AudioFormat(), target_rate=RATE)
+    data = wav(layout, chunk(b"data", body))
+    decoded = stream.push(data)
+    np.testing.assert_allclose(decoded, samples, atol=2**-23)
+    assert len(stream.finish()) == 0
+
+
 def test_stream_gives_resampled_samples_as_they_arrive() -> None:
     said = AudioFormat(encoding=Encoding.LINEAR16, sample_rate=48_000)
     stream = AudioStream(said, target_rate=RATE)
@@ -594,6 +613,12 @@ def test_decode_refuses_garbage_that_the_sender_gives_a_format(said: Encoding) -
 def test_decode_refuses_an_absurd_sample_rate_in_the_header(sample_rate: int) -> None:
     data = wav(format_chunk(sample_rate=sample_rate), chunk(b"data", bytes(100)))
     with pytest.raises(AudioError, match=rf"rate is {sample_rate} Hz, expected 4000 to 384000 Hz"):
+        decode(data)
+
+
+def test_decode_refuses_an_absurd_sample_rate_in_a_flac_header() -> None:
+    data = encode(noise(1_000), container="FLAC", sample_rate=2_000)
+    with pytest.raises(AudioError, match=r"rate is 2000 Hz, expected 4000 to 384000 Hz"):
         decode(data)
 
 

@@ -1,30 +1,57 @@
-"""Training: it learns, it resumes exactly, it refuses what cannot be trained on."""
+"""Training: it learns, it goes on exactly, and it refuses what cannot be trained on."""
 
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import CHECKOUT
-from tiny import TinyCorpus, make_settings, write_corpus, write_manifest, write_settings
+from tiny import (
+    TEXTS,
+    TinyCorpus,
+    make_checkpoint,
+    make_model,
+    make_settings,
+    write_corpus,
+    write_settings,
+)
+from torch import Tensor
+from torch.nn.functional import ctc_loss
 
 from service.errors import TrainingError
-from training.checkpoint import load_checkpoint, save_checkpoint, save_weights
+from service.text import CHARACTERS, collapse
+from training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from training.config import load_settings
-from training.loss import compute_losses
+from training.data import Batch, BatchStream, Labels, collate
+from training.distributed import World
+from training.evaluation import errors_by_corpus, greedy_transcripts
+from training.loss import Losses, compute_losses
 from training.precision import choose_precision
 from training.schedule import learning_rate
-from training.train import train
+from training.train import _Run, train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # lhotse's and torch's own
+_ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+_RANDOM = (
+    "data.speeds=[1.0, 1.1]",
+    "model.dropout=0.2",
+    "augment.n_frequency_masks=1",
+    "augment.frequency_width=4",
+    "augment.time_masks_per_s=2.0",
+    "augment.level_db=3.0",
+    "optimiser.phone_weight=0.5",
+)
+"""Settings of a run in which every step draws something."""
 
 
 @pytest.fixture(scope="module")
@@ -32,196 +59,691 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def _states_equal(first: object, second: object) -> bool:
-    """Whether two nested states are the same, tensors bit for bit."""
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict) and isinstance(second, dict):
-        return first.keys() == second.keys() and all(
-            _states_equal(first[key], second[key]) for key in first
-        )
-    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
-        return len(first) == len(second) and all(map(_states_equal, first, second))
-    return first == second
+@pytest.fixture(autouse=True)
+def _own_signal_handlers() -> Iterator[None]:
+    """Take back the handlers that a run installs, so that Ctrl-C stops the tests."""
+    handlers = {sign: signal.getsignal(sign) for sign in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for sign, handler in handlers.items():
+        signal.signal(sign, handler)
 
 
-def test_training_overfits_to_zero_errors(corpus: TinyCorpus, tmp_path: Path) -> None:
+def _stop_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
+    """Send this process SIGTERM when a run has made its `n_steps`th step."""
+    step = _Run._step
+
+    def stopping_step(run: _Run, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
+        result = step(run, batch, n_batches=n_batches)
+        if run.progress.step + 1 == n_steps:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(_Run, "_step", stopping_step)
+
+
+def _all_utterances(run: _Run) -> Batch:
+    labels = run.corpus.labels
+    ids = sorted(labels)
+    features = [run.corpus.stores[0].load(i) for i in ids]
+    return collate(ids, features, [labels[i] for i in ids])
+
+
+def _read_rows(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "dev.jsonl").read_text().splitlines()]
+
+
+def _assert_same(actual: object, expected: object, where: str = "checkpoint") -> None:
+    """Compare plain data and tensors exactly."""
+    assert type(actual) is type(expected), where
+    if isinstance(expected, Tensor):
+        assert isinstance(actual, Tensor)
+        assert torch.equal(actual, expected), where
+    elif isinstance(expected, dict):
+        assert isinstance(actual, dict)
+        assert actual.keys() == expected.keys(), where
+        for key, value in expected.items():
+            _assert_same(actual[key], value, f"{where}.{key}")
+    else:
+        assert actual == expected, where
+
+
+# Learning
+
+
+def test_steps_overfit_one_batch_to_zero_errors(corpus: TinyCorpus, tmp_path: Path) -> None:
+    n_steps = 90
     settings = make_settings(
-        corpus, tmp_path / "run", "optimiser.n_epochs=60", "run.evaluate_every_epochs=60"
+        corpus, tmp_path / "run", "optimiser.n_epochs=1", "optimiser.learning_rate=0.02"
     )
-    train(settings)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "dev.jsonl").open()]
-    assert rows[-1]["total"] == {"wer": 0.0, "cer": 0.0}
-    assert load_checkpoint(tmp_path / "run" / "best.pt").progress.best_cer == 0.0
+    run = _Run(settings, _ALONE)
+    batch = _all_utterances(run)
+    first, _ = run._step(batch, n_batches=n_steps)
+    for step in range(1, n_steps):
+        run.progress = replace(run.progress, batch=step, step=step)
+        last, _ = run._step(batch, n_batches=n_steps)
+    assert float(last.combine(0.5)) < 0.05 * float(first.combine(0.5))
 
-
-def test_stopped_run_continues_exactly(corpus: TinyCorpus, tmp_path: Path) -> None:
-    """Stopped by SIGTERM inside a pass, with dropout and masks that must be drawn again."""
-    noisy = ("optimiser.n_epochs=3", "model.dropout=0.3", "augment.time_masks_per_s=2")
-    train(make_settings(corpus, tmp_path / "whole", *noisy))
-    path = write_settings(corpus, tmp_path / "parts.toml")
-    command = [sys.executable, "-m", "service.cli", "train", str(path), *noisy]
-    log = tmp_path / "log.txt"
-    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr) as process:
-        while "passes" not in log.read_text():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-    stopped = load_checkpoint(tmp_path / "parts" / "last.pt").progress
-    assert stopped.step > 0
-    assert stopped.epoch < 3, "the run ended before it was stopped"
-    train(load_settings(path, noisy))
-    whole, parts = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "parts"))
-    assert whole.progress == parts.progress
-    for part in ("model", "averaged", "optimiser"):
-        assert _states_equal(getattr(whole, part), getattr(parts, part)), part
-
-
-def test_two_processes_train_together(corpus: TinyCorpus, tmp_path: Path) -> None:
-    path = write_settings(corpus, tmp_path / "pair.toml")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    command += ["2", "-m", "service.cli", "train", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(CHECKOUT)}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
-    progress = load_checkpoint(tmp_path / "pair" / "last.pt").progress
-    assert progress.epoch == 2
-    assert progress.step > 0
-    assert len((tmp_path / "pair" / "dev.jsonl").read_text().splitlines()) == 2
-
-
-def test_folder_of_another_model_is_refused(corpus: TinyCorpus, tmp_path: Path) -> None:
-    train(make_settings(corpus, tmp_path / "run", "optimiser.n_epochs=1"))
-    other = make_settings(corpus, tmp_path / "run", "model.hidden_size=48")
-    with pytest.raises(TrainingError, match="another model"):
-        train(other)
-
-
-def test_shared_speakers_are_refused(corpus: TinyCorpus, tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in corpus.train.open()]
-    dev = write_manifest(corpus.train.parent / "shared.jsonl", rows[:1])
-    with pytest.raises(TrainingError, match="anna"):
-        train(make_settings(replace(corpus, dev=dev), tmp_path / "run"))
-
-
-def test_fine_tuning_starts_from_half_precision_weights(corpus: TinyCorpus, tmp_path: Path) -> None:
-    train(make_settings(corpus, tmp_path / "first", "optimiser.n_epochs=1"))
-    first = load_checkpoint(tmp_path / "first" / "last.pt")
-    save_weights(first, tmp_path / "weights.pt")
-    weights = load_checkpoint(tmp_path / "weights.pt")
-    assert weights.model is None
-    assert str(corpus.train) not in json.dumps(weights.settings)
-    for name, value in first.averaged.items():
-        assert torch.equal(weights.averaged[name], value.half().float())
-    still = (
-        "optimiser.n_epochs=1",
-        "optimiser.learning_rate=1e-12",
-        "optimiser.final_learning_rate=0",
+    model = run.averaged.module
+    assert isinstance(model, torch.nn.Module)
+    transcripts = greedy_transcripts(run.model, [batch], tokens=CHARACTERS, world=_ALONE)
+    counts = errors_by_corpus(
+        transcripts,
+        references={cut.id: cut.supervisions[0].text for cut in run.corpus.cuts},
+        corpora={cut.id: cut.supervisions[0].custom["corpus"] for cut in run.corpus.cuts},
     )
-    start = f"run.initial_checkpoint={tmp_path / 'weights.pt'}"
-    train(make_settings(corpus, tmp_path / "second", start, *still))
-    second = load_checkpoint(tmp_path / "second" / "last.pt")
-    for name, value in weights.averaged.items():
-        assert torch.allclose(second.averaged[name], value, atol=1e-6), name
+    assert counts["tones"].n_words == 2 * sum(len(text.split()) for text in TEXTS)
+    assert (counts[""].wer, counts[""].cer) == (0.0, 0.0)
+    model.eval()
+    _, phone_logits, lengths = model(batch.features, batch.feature_lengths)
+    for path, length, phones, n_phones in zip(
+        phone_logits.argmax(-1), lengths, batch.phones, batch.phone_lengths, strict=True
+    ):
+        assert collapse(path[:length].tolist()) == phones[:n_phones].tolist()
 
 
-def test_masked_phone_head_learns_nothing() -> None:
-    token_logits = torch.randn(2, 20, 5, requires_grad=True)
-    phone_logits = torch.randn(2, 20, 4, requires_grad=True)
-    losses = compute_losses(
-        token_logits,
-        phone_logits,
-        torch.tensor([20, 15]),
-        tokens=torch.tensor([[1, 2, 3], [2, 2, 0]]),
-        token_lengths=torch.tensor([3, 2]),
-        phones=torch.tensor([[1, 2], [0, 0]]),
-        phone_lengths=torch.tensor([2, 0]),
+def test_train_writes_what_a_run_leaves(corpus: TinyCorpus, tmp_path: Path) -> None:
+    settings = make_settings(
+        corpus, tmp_path / "run", "optimiser.n_epochs=3", "run.evaluate_every_epochs=2"
     )
-    losses.combine(0.5).backward()
-    assert phone_logits.grad is not None
-    assert phone_logits.grad[0].abs().sum() > 0
-    assert phone_logits.grad[1].abs().sum() == 0
-    expected = torch.nn.functional.ctc_loss(
-        token_logits.log_softmax(-1).transpose(0, 1),
-        torch.tensor([[1, 2, 3], [2, 2, 0]]),
-        torch.tensor([20, 15]),
-        torch.tensor([3, 2]),
-        reduction="none",
-    )
-    assert torch.allclose(losses.token_nll, expected.sum())
-    assert int(losses.n_tokens) == 5
-    assert int(losses.n_phones) == 2
+    progress = train(settings)
+    assert (progress.epoch, progress.batch) == (3, 0)
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last.progress == progress
+    assert last.settings == settings.model_dump(mode="json")
+    assert json.loads((tmp_path / "run" / "settings.json").read_text()) == last.settings
+    rows = _read_rows(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == [2, 3]
+    assert rows[0]["tones"] == rows[0]["total"]
+    best = load_checkpoint(tmp_path / "run" / "best.pt")
+    assert best.progress.best_cer == min(row["total"]["cer"] for row in rows)
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+    assert not list((tmp_path / "run").glob("*.unfinished"))
 
 
-def test_learning_rate_warms_up_and_ends_low() -> None:
-    def rate(step: int, progress: float) -> float:
-        return learning_rate(step, progress=progress, n_warmup_steps=10, highest=1.0, final=0.1)
-
-    assert rate(0, 0.0) == pytest.approx(0.1)
-    assert rate(9, 0.0) == pytest.approx(1.0)
-    assert rate(500, 0.5) == pytest.approx(0.55)
-    assert rate(1000, 1.0) == pytest.approx(0.1)
-    rates = [rate(10 + i, i / 100) for i in range(101)]
-    assert rates == sorted(rates, reverse=True)
+def test_train_counts_the_audio_it_has_seen(corpus: TinyCorpus, tmp_path: Path) -> None:
+    progress = train(make_settings(corpus, tmp_path / "run", "optimiser.n_epochs=2"))
+    rows = [json.loads(line) for line in corpus.train.read_text().splitlines()]
+    heard_s = 2 * sum(row["duration"] for row in rows)
+    assert progress.audio_s == pytest.approx(heard_s, rel=0.05)  # a window is lost at each end
 
 
-def test_precision_is_chosen_by_the_clock() -> None:
-    def step(dtype: torch.dtype) -> None:
-        time.sleep(0.05 if dtype == torch.bfloat16 else 0.001)
+# Going on
 
-    def unsupported(dtype: torch.dtype) -> None:
-        if dtype == torch.bfloat16:
-            raise RuntimeError("could not create a primitive descriptor")
 
-    assert choose_precision(step, "auto") == torch.float32
-    assert choose_precision(unsupported, "auto") == torch.float32
-    assert choose_precision(step, "bfloat16") == torch.bfloat16
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(make_settings(corpus, directory, *_RANDOM))
+    return directory
+
+
+def _n_steps(directory: Path) -> int:
+    return load_checkpoint(directory / "last.pt").progress.step
 
 
 @pytest.mark.parametrize(
-    ("override", "named"),
+    "share",
     [
-        ("model.hiden_size=3", "model.hiden_size"),
-        ("model.cell=transformer", "model.cell"),
-        ("optimiser.n_epochs=many", "optimiser.n_epochs"),
-        ("data.speeds=[0.9]", "data.speeds"),
-        ("nonsense", "section.key=value"),
-        ("data.train.x=1", "data.train.x"),
+        pytest.param(0.0, id="after the first step"),
+        pytest.param(0.25, id="inside the first pass"),
+        pytest.param(0.5, id="after the last step of the first pass"),
+        pytest.param(0.7, id="inside the second pass"),
+        pytest.param(1.0, id="after the last step"),
     ],
 )
-def test_wrong_settings_are_named(
-    corpus: TinyCorpus, tmp_path: Path, override: str, named: str
+def test_resumed_run_equals_an_uninterrupted_one(
+    corpus: TinyCorpus,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    share: float,
 ) -> None:
-    with pytest.raises(TrainingError, match=named.replace(".", r"\.")):
-        make_settings(corpus, tmp_path / "run", override)
+    settings = make_settings(corpus, tmp_path / "run", *_RANDOM)
+    stop_at = max(1, round(share * _n_steps(uninterrupted)))
+    with monkeypatch.context() as stopping:
+        _stop_after(stopping, stop_at)
+        stopped = train(settings)
+    assert stopped.step == stop_at
+    assert load_checkpoint(tmp_path / "run" / "last.pt").progress == stopped
+    train(settings)
+    for name in ("last.pt", "best.pt"):
+        actual = torch.load(tmp_path / "run" / name, weights_only=True)
+        expected = torch.load(uninterrupted / name, weights_only=True)
+        del actual["settings"]["run"]["directory"], expected["settings"]["run"]["directory"]
+        _assert_same(actual, expected, name)
+    assert _read_rows(tmp_path / "run") == _read_rows(uninterrupted)
 
 
-def test_overrides_are_read_as_toml(corpus: TinyCorpus, tmp_path: Path) -> None:
-    settings = make_settings(
-        corpus, tmp_path / "run", "model.cell=gru", "data.speeds=[0.9, 1.0]", "model.dropout=0.5"
+def test_another_seed_makes_another_run(
+    corpus: TinyCorpus, uninterrupted: Path, tmp_path: Path
+) -> None:
+    train(make_settings(corpus, tmp_path / "run", *_RANDOM, "run.seed=2"))
+    one, other = (load_checkpoint(d / "last.pt") for d in (uninterrupted, tmp_path / "run"))
+    assert not torch.equal(one.averaged["token_head.weight"], other.averaged["token_head.weight"])
+
+
+def test_finished_run_started_again_changes_nothing(corpus: TinyCorpus, tmp_path: Path) -> None:
+    settings = make_settings(corpus, tmp_path / "run", "optimiser.n_epochs=1")
+    progress = train(settings)
+    names = ("last.pt", "best.pt", "dev.jsonl", "settings.json")
+    before = {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in names}
+    assert train(settings) == progress
+    assert {name: (tmp_path / "run" / name).stat().st_mtime_ns for name in names} == before
+
+
+def test_train_refuses_the_folder_of_another_models_run(
+    corpus: TinyCorpus, uninterrupted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").symlink_to(uninterrupted)
+    before = (uninterrupted / "last.pt").read_bytes()
+    settings = make_settings(corpus, tmp_path / "run", *_RANDOM, "model.hidden_size=16")
+    with pytest.raises(TrainingError, match=r"holds a run of another model.*run\.directory"):
+        train(settings)
+    assert (uninterrupted / "last.pt").read_bytes() == before
+
+
+def test_train_leaves_no_process_behind_when_it_fails(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(run: _Run, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
+        raise RuntimeError(f"no step {run.progress.step} of {n_batches}: {len(batch.tokens)}")
+
+    monkeypatch.setattr(_Run, "_step", fail)
+    with pytest.raises(RuntimeError, match="no step 0") as raised:
+        train(make_settings(corpus, tmp_path / "run"))
+    assert raised.tb is not None  # the traceback, which the interpreter keeps until it ends
+    loaders = multiprocessing.active_children()
+    for loader in loaders:  # it ignores SIGTERM: the tests would never end
+        loader.kill()
+    assert loaders == []
+
+
+# Starting
+
+
+def test_train_refuses_speakers_on_both_sides(corpus: TinyCorpus, tmp_path: Path) -> None:
+    settings = make_settings(corpus, tmp_path / "run", f'data.dev=["{corpus.train}"]')
+    with pytest.raises(TrainingError, match=r"speakers \['anna', 'bela'\] are in the training and"):
+        train(settings)
+
+
+def test_train_refuses_settings_that_leave_nothing(corpus: TinyCorpus, tmp_path: Path) -> None:
+    settings = make_settings(corpus, tmp_path / "run", "data.shortest_s=15.0")
+    with pytest.raises(TrainingError, match="no utterance is left"):
+        train(settings)
+
+
+def test_run_starts_from_the_weights_of_an_initial_checkpoint(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    model = make_model(seed=7, n_layers=1, hidden_size=32)
+    model.feature_mean.fill_(-5.0)
+    save_checkpoint(
+        make_checkpoint(model, make_settings(corpus, tmp_path / "old")), tmp_path / "initial.pt"
     )
-    assert settings.model.cell == "gru"
-    assert settings.data.speeds == (0.9, 1.0)
-    assert settings.model.dropout == 0.5
+    run = _Run(
+        make_settings(
+            corpus, tmp_path / "run", f'run.initial_checkpoint="{tmp_path / "initial.pt"}"'
+        ),
+        _ALONE,
+    )
+    _assert_same(dict(run.model.state_dict()), dict(model.state_dict()))
+    assert run.progress == Progress()
 
 
-def test_shipped_recipe_is_valid() -> None:
-    recipe = CHECKOUT / "training" / "recipes" / "en-small.toml"
-    settings = load_settings(recipe, ['data.train=["a"]', 'data.dev=["b"]'])
+def test_run_refuses_an_initial_checkpoint_of_another_model(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    save_checkpoint(
+        make_checkpoint(make_model(), make_settings(corpus, tmp_path / "old")),
+        tmp_path / "initial.pt",
+    )
+    settings = make_settings(
+        corpus, tmp_path / "run", f'run.initial_checkpoint="{tmp_path / "initial.pt"}"'
+    )
+    with pytest.raises(TrainingError, match=r"initial\.pt"):
+        _Run(settings, _ALONE)
+
+
+def test_new_run_knows_the_statistics_of_its_features(corpus: TinyCorpus, tmp_path: Path) -> None:
+    run = _Run(make_settings(corpus, tmp_path / "run"), _ALONE)
+    store = run.corpus.stores[0]
+    frames = torch.cat([store.load(i) for i in run.corpus.labels])
+    torch.testing.assert_close(run.model.feature_mean, frames.mean(dim=0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(run.model.feature_std, frames.std(dim=0), atol=1e-3, rtol=0)
+
+
+# One step
+
+
+@pytest.fixture
+def run(corpus: TinyCorpus, tmp_path: Path) -> _Run:
+    return _Run(make_settings(corpus, tmp_path / "run", "optimiser.clip_norm=0.01"), _ALONE)
+
+
+def _gradient_norm(run: _Run) -> float:
+    gradients = [p.grad.flatten() for p in run.model.parameters() if p.grad is not None]
+    return float(torch.cat(gradients).norm())
+
+
+def test_step_clips_the_gradient(run: _Run) -> None:
+    _, norm = run._step(_all_utterances(run), n_batches=1)
+    assert norm > 0.1
+    assert _gradient_norm(run) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_step_takes_the_rate_of_the_schedule(run: _Run) -> None:
+    options = run.settings.optimiser
+    run.progress = Progress(epoch=1, batch=3, step=50)  # of two passes of six batches
+    run._step(_all_utterances(run), n_batches=6)
+    expected = options.final_learning_rate + (
+        options.learning_rate - options.final_learning_rate
+    ) * 0.5 * (1 + math.cos(math.pi * 0.75))
+    assert [group["lr"] for group in run.optimiser.param_groups] == pytest.approx([expected] * 2)
+
+
+def test_step_averages_the_weights(run: _Run) -> None:
+    batch = _all_utterances(run)
+    averaged = dict(run.averaged.module.named_parameters())
+    run._step(batch, n_batches=1)
+    first = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    _assert_same({n: p.data for n, p in averaged.items()}, first)
+    run._step(batch, n_batches=1)
+    for name, parameter in run.model.named_parameters():
+        expected = 0.5 * first[name] + 0.5 * parameter
+        torch.testing.assert_close(averaged[name], expected, msg=name)
+        assert not torch.equal(first[name], parameter), name
+
+
+def test_step_without_a_finite_gradient_is_left_out(run: _Run) -> None:
+    batch = _all_utterances(run)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    averaged = {name: value.clone() for name, value in run.averaged.state_dict().items()}
+    broken = replace(batch, features=torch.full_like(batch.features, float("inf")))
+    _, norm = run._step(broken, n_batches=1)
+    assert not math.isfinite(norm)
+    _assert_same(dict(run.model.state_dict()), before)
+    _assert_same(dict(run.averaged.state_dict()), averaged)
+    assert run.optimiser.state_dict()["state"] == {}
+    _, norm = run._step(batch, n_batches=1)
+    assert math.isfinite(norm)
+    assert not torch.equal(run.model.token_head.weight, before["token_head.weight"])
+
+
+def test_weight_decay_acts_on_matrices_only(run: _Run) -> None:
+    names = {id(p): (name, p.dim()) for name, p in run.model.named_parameters()}
+    decayed, others = (
+        [names[id(p)] for p in group["params"]] for group in run.optimiser.param_groups
+    )
+    assert [group["weight_decay"] for group in run.optimiser.param_groups] == [0.01, 0.0]
+    assert min(dim for _, dim in decayed) >= 2
+    assert all(dim == 1 for _, dim in others)
+    assert len(decayed) + len(others) == len(names)
+
+
+# Several processes
+
+
+def test_two_processes_train_as_one_on_both_batches(corpus: TinyCorpus, tmp_path: Path) -> None:
+    overrides = ("optimiser.n_epochs=1", "optimiser.learning_rate=1e-7", "optimiser.batch_s=6.0")
+    path = write_settings(corpus, tmp_path / "run.toml")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [sys.executable, *command, "-m", "service.cli", "train", str(path), *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es)" in result.stdout + result.stderr
+    assert (tmp_path / "run" / "best.pt").is_file()
+    assert [row["epoch"] for row in _read_rows(tmp_path / "run")] == [1]
+    both = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert both.optimiser is not None
+
+    alone = _Run(make_settings(corpus, tmp_path / "alone", *overrides), _ALONE)
+    streams = [_stream_rank(alone, rank) for rank in range(2)]
+    n_steps = len(streams[0].plan())
+    labels, store = alone.corpus.labels, alone.corpus.stores[0]
+    for step, batches in enumerate(zip(*(stream.plan() for stream in streams), strict=True)):
+        ids = [i for batch in batches for i in batch]
+        union = collate(ids, [store.load(i) for i in ids], [labels[i] for i in ids])
+        alone.progress = replace(alone.progress, batch=step, step=step)
+        alone._step(union, n_batches=n_steps)
+    assert both.progress.step == n_steps > 2
+    expected = alone.optimiser.state_dict()["state"]
+    for i, state in both.optimiser["state"].items():
+        torch.testing.assert_close(
+            state["exp_avg"], expected[i]["exp_avg"], rtol=1e-3, atol=1e-6, msg=str(i)
+        )
+
+
+def _stream_rank(run: _Run, rank: int) -> BatchStream:
+    return BatchStream(
+        run.corpus.cuts,
+        run.corpus.labels,
+        run.corpus.stores,
+        batch_s=run.settings.optimiser.batch_s,
+        seed=run.settings.run.seed,
+        epoch=0,
+        shortest_first=True,
+        rank=rank,
+        world_size=2,
+    )
+
+
+# The loss
+
+
+def _make_loss_inputs() -> tuple[Tensor, Tensor, Tensor, Batch]:
+    generator = torch.Generator().manual_seed(9)
+    lengths = torch.tensor([12, 7, 9])
+    token_logits = torch.randn(3, 12, 8, generator=generator)
+    phone_logits = torch.randn(3, 12, 6, generator=generator)
+    labels = [Labels((1, 1, 2), (3,)), Labels((4,), ()), Labels((5, 6), (1, 2, 2))]
+    return token_logits, phone_logits, lengths, collate("abc", [torch.zeros(1, 1)] * 3, labels)
+
+
+def _compute(token_logits: Tensor, phone_logits: Tensor, lengths: Tensor, batch: Batch) -> Losses:
+    return compute_losses(
+        token_logits,
+        phone_logits,
+        lengths,
+        tokens=batch.tokens,
+        token_lengths=batch.token_lengths,
+        phones=batch.phones,
+        phone_lengths=batch.phone_lengths,
+    )
+
+
+def _ctc(logits: Tensor, n_frames: int, labels: Tensor) -> float:
+    log_probs = logits[:n_frames].log_softmax(-1)
+    return float(
+        ctc_loss(
+            log_probs, labels, torch.tensor(n_frames), torch.tensor(len(labels)), reduction="sum"
+        )
+    )
+
+
+def test_loss_is_that_of_each_head_by_label() -> None:
+    token_logits, phone_logits, lengths, batch = _make_loss_inputs()
+    losses = _compute(token_logits, phone_logits, lengths, batch)
+    token_nll = sum(
+        _ctc(token_logits[i], int(lengths[i]), batch.tokens[i, :n])
+        for i, n in enumerate(batch.token_lengths.tolist())
+    )
+    phone_nll = sum(
+        _ctc(phone_logits[i], int(lengths[i]), batch.phones[i, :n])
+        for i, n in enumerate(batch.phone_lengths.tolist())
+        if n > 0
+    )
+    assert float(losses.token_nll) == pytest.approx(token_nll, rel=1e-5)
+    assert float(losses.phone_nll) == pytest.approx(phone_nll, rel=1e-5)
+    assert (int(losses.n_tokens), int(losses.n_phones)) == (6, 4)
+    expected = 0.7 * token_nll / 6 + 0.3 * phone_nll / 4
+    assert float(losses.combine(0.3)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_ignores_frames_behind_the_length() -> None:
+    token_logits, phone_logits, lengths, batch = _make_loss_inputs()
+    expected = _compute(token_logits, phone_logits, lengths, batch)
+    behind = torch.arange(12) >= lengths[:, None]
+    token_logits[behind] = torch.tensor([9.0] + [0.0] * 7)  # the blank
+    phone_logits[behind] = 7.0
+    actual = _compute(token_logits, phone_logits, lengths, batch)
+    assert torch.equal(actual.combine(0.5), expected.combine(0.5))
+    assert torch.equal(actual.blank_share, expected.blank_share)
+
+
+def test_masked_utterance_gives_the_phone_head_no_gradient() -> None:
+    token_logits, phone_logits, lengths, batch = _make_loss_inputs()
+    token_logits.requires_grad_()
+    phone_logits.requires_grad_()
+    _compute(token_logits, phone_logits, lengths, batch).combine(0.5).backward()
+    assert token_logits.grad is not None
+    assert phone_logits.grad is not None
+    assert [bool(g.abs().sum() > 0) for g in phone_logits.grad] == [True, False, True]
+    assert [bool(g.abs().sum() > 0) for g in token_logits.grad] == [True, True, True]
+
+
+def test_batch_that_is_masked_whole_trains_the_token_head_alone() -> None:
+    token_logits, phone_logits, lengths, batch = _make_loss_inputs()
+    token_logits.requires_grad_()
+    phone_logits.requires_grad_()
+    masked = replace(batch, phone_lengths=torch.zeros_like(batch.phone_lengths))
+    losses = _compute(token_logits, phone_logits, lengths, masked)
+    losses.combine(0.5).backward()
+    assert phone_logits.grad is not None  # processes that wait for each other need one
+    assert token_logits.grad is not None
+    assert (phone_logits.grad == 0).all()
+    assert (token_logits.grad != 0).any()
+    assert float(losses.combine(0.5)) == pytest.approx(0.5 * float(losses.token_nll) / 6)
+
+
+def test_blank_share_counts_the_frames_inside() -> None:
+    _, phone_logits, lengths, batch = _make_loss_inputs()
+    token_logits = torch.zeros(3, 12, 8)
+    token_logits[:, :, 1] = 1.0
+    token_logits[0, :4, 0] = 2.0
+    token_logits[1, 7:, 0] = 2.0  # padding
+    losses = _compute(token_logits, phone_logits, lengths, batch)
+    assert float(losses.blank_share) == pytest.approx(4 / 28)
+
+
+# The schedule
+
+
+def _rate(step: int = 1000, *, progress: float = 0.0, n_warmup_steps: int = 10) -> float:
+    return learning_rate(
+        step, progress=progress, n_warmup_steps=n_warmup_steps, highest=0.2, final=0.01
+    )
+
+
+def test_learning_rate_rises_linearly_to_the_highest() -> None:
+    rates = [_rate(step) for step in range(12)]
+    assert rates[:10] == pytest.approx([0.02 * (step + 1) for step in range(10)])
+    assert rates[10:] == [0.2, 0.2]
+    assert _rate(0, n_warmup_steps=0) == 0.2
+
+
+def test_learning_rate_falls_along_half_a_cosine() -> None:
+    assert _rate(progress=0.0) == 0.2
+    assert _rate(progress=0.25) == pytest.approx(0.01 + 0.19 * (0.5 + math.sqrt(0.125)))
+    assert _rate(progress=0.5) == pytest.approx(0.105)
+    assert _rate(progress=1.0) == pytest.approx(0.01)
+    assert _rate(progress=1.2) == pytest.approx(0.01)
+
+
+# The number type
+
+
+def _step_that_takes(seconds: dict[torch.dtype, float]) -> Callable[[torch.dtype], None]:
+    return lambda dtype: time.sleep(seconds[dtype])
+
+
+@pytest.mark.parametrize("faster", [torch.float32, torch.bfloat16])
+def test_choose_precision_takes_the_faster(faster: torch.dtype) -> None:
+    seconds = {torch.float32: 0.1, torch.bfloat16: 0.1, faster: 0.0}
+    assert choose_precision(_step_that_takes(seconds), "auto") == faster
+
+
+def test_choose_precision_does_not_count_the_first_step() -> None:
+    seconds = {torch.float32: [0.2, 0.0], torch.bfloat16: [0.0, 0.1]}
+    chosen = choose_precision(lambda dtype: time.sleep(seconds[dtype].pop(0)), "auto")
+    assert chosen == torch.float32
+
+
+@pytest.mark.parametrize("broken", [torch.float32, torch.bfloat16])
+def test_choose_precision_passes_over_a_type_that_does_not_run(broken: torch.dtype) -> None:
+    def step(dtype: torch.dtype) -> None:
+        if dtype == broken:
+            raise RuntimeError("not implemented for this type")
+        time.sleep(0.01)
+
+    assert choose_precision(step, "auto") != broken
+
+
+@pytest.mark.parametrize(
+    ("requested", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
+def test_choose_precision_takes_what_is_requested(requested: str, expected: torch.dtype) -> None:
+    def refuse(dtype: torch.dtype) -> None:
+        raise AssertionError(f"{dtype} was tried")
+
+    assert choose_precision(refuse, requested) == expected
+
+
+# Checkpoints
+
+
+def test_checkpoint_round_trip_is_exact(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(uninterrupted / "last.pt")
+    save_checkpoint(checkpoint, tmp_path / "copy.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["copy.pt"]
+    copy = load_checkpoint(tmp_path / "copy.pt")
+    assert checkpoint.model is not None
+    for field in checkpoint.__dataclass_fields__:
+        _assert_same(getattr(copy, field), getattr(checkpoint, field), field)
+
+
+def test_weights_only_checkpoint_is_small_and_close(
+    corpus: TinyCorpus, uninterrupted: Path, tmp_path: Path
+) -> None:
+    checkpoint = load_checkpoint(uninterrupted / "last.pt")
+    save_weights(checkpoint, tmp_path / "weights.pt")
+    weights = load_checkpoint(tmp_path / "weights.pt")
+    assert weights.model is None
+    assert weights.optimiser is None
+    assert weights.tokens == checkpoint.tokens
+    assert weights.averaged.keys() == checkpoint.averaged.keys()
+    for name, value in weights.averaged.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, checkpoint.averaged[name], atol=1e-3, rtol=1e-3)
+    size = (tmp_path / "weights.pt").stat().st_size
+    assert size < 0.25 * (uninterrupted / "last.pt").stat().st_size
+    assert str(corpus.train.parent).encode() not in (tmp_path / "weights.pt").read_bytes()
+
+
+def test_failing_save_keeps_the_old_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(uninterrupted / "last.pt")
+    save_checkpoint(checkpoint, tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(replace(checkpoint, optimiser={"x": lambda: 0}), tmp_path / "last.pt")
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_load_checkpoint_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"there is no checkpoint .*absent\.pt"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 0.5, 0.999])
+def test_load_checkpoint_refuses_a_damaged_file(
+    uninterrupted: Path, tmp_path: Path, kept: float
+) -> None:
+    data = (uninterrupted / "last.pt").read_bytes()
+    (tmp_path / "last.pt").write_bytes(data[: int(kept * len(data)) if kept < 1 else 1])
+    with pytest.raises(TrainingError, match=r"last\.pt cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+def test_load_checkpoint_refuses_code(tmp_path: Path) -> None:
+    torch.save({"format_version": 1, "settings": Path("/")}, tmp_path / "last.pt")
+    with pytest.raises(TrainingError, match=r"last\.pt cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("content", [{"format_version": 2}, {"weights": 1}, [1, 2]])
+def test_load_checkpoint_refuses_another_format(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(TrainingError, match=r"last\.pt has checkpoint format .*, expected 1"):
+        load_checkpoint(tmp_path / "last.pt")
+
+
+# Settings
+
+
+def test_load_settings_reads_the_shipped_recipe() -> None:
+    recipe = Path(__file__).parent.parent / "training" / "recipes" / "en-small.toml"
+    settings = load_settings(recipe, ['data.train=["a.jsonl"]', 'data.dev=["b.jsonl"]'])
+    assert settings.data.train == (Path("a.jsonl"),)
     assert settings.model.bidirectional
 
 
-def test_damaged_checkpoints_are_refused(corpus: TinyCorpus, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="no checkpoint"):
-        load_checkpoint(tmp_path / "none.pt")
-    train(make_settings(corpus, tmp_path / "run", "optimiser.n_epochs=1"))
-    path = tmp_path / "run" / "last.pt"
-    checkpoint = load_checkpoint(path)
-    save_checkpoint(checkpoint, tmp_path / "copy.pt")
-    copy = load_checkpoint(tmp_path / "copy.pt")
-    assert _states_equal(copy.averaged, checkpoint.averaged)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(TrainingError, match="cannot be read"):
-        load_checkpoint(path)
-    torch.save({"format_version": 99}, path)
-    with pytest.raises(TrainingError, match="format 99"):
-        load_checkpoint(path)
+@pytest.mark.parametrize(
+    ("override", "section", "name", "value"),
+    [
+        ("optimiser.n_epochs=7", "optimiser", "n_epochs", 7),
+        ("optimiser.learning_rate=2e-4", "optimiser", "learning_rate", 2e-4),
+        ("model.cell=gru", "model", "cell", "gru"),
+        ('model.cell="rnn"', "model", "cell", "rnn"),
+        ("model.bidirectional=false", "model", "bidirectional", False),
+        ("data.speeds=[1.0, 0.9]", "data", "speeds", (1.0, 0.9)),
+        ('data.corpora=["a", "b"]', "data", "corpora", ("a", "b")),
+        ("run.directory=/tmp/runs/a=b", "run", "directory", Path("/tmp/runs/a=b")),  # noqa: S108
+        ('run.initial_checkpoint="my run/best.pt"', "run", "initial_checkpoint", None),
+    ],
+)
+def test_override_is_read_as_in_toml(
+    corpus: TinyCorpus, tmp_path: Path, override: str, section: str, name: str, value: object
+) -> None:
+    settings = make_settings(corpus, tmp_path / "run", override)
+    expected = Path("my run/best.pt") if value is None else value
+    assert getattr(getattr(settings, section), name) == expected
+    others = make_settings(corpus, tmp_path / "run")
+    assert getattr(getattr(others, section), name) != expected
+    assert settings.features == others.features
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimiser.n_epoch=3", r"optimiser\.n_epoch: Extra"),
+        ("optimizer.n_epochs=3", r"optimizer: Extra"),
+        ("n_epochs=3", r"n_epochs: Extra"),
+        ("optimiser.n_epochs=many", r"optimiser\.n_epochs: .*integer"),
+        ("optimiser.n_epochs=0", r"optimiser\.n_epochs: .*greater than or equal to 1"),
+        ("model.cell=transformer", r"model\.cell: .*'lstm', 'gru' or 'rnn'"),
+        ("model.subsampling=5", r"model\.subsampling: .*2, 3 or 4"),
+        ("model.dropout=1.0", r"model\.dropout: .*less than 1"),
+        ("data.train=a.jsonl", r"data\.train: .*tuple"),
+        ("data.speeds=[0.9, 1.1]", r"data\.speeds .*1\.0 must be one"),
+        ("features.n_mels=1", r"features\.n_mels: .*greater than or equal to 8"),
+        ("optimiser.n_epochs", r"'optimiser\.n_epochs' is no setting; expected section"),
+        ("=3", r"'=3' is no setting"),
+        ("optimiser.n_epochs.more=3", r"n_epochs is a value, not a section"),
+        ("optimiser=3", r"optimiser: .*OptimiserSettings"),
+    ],
+)
+def test_wrong_setting_is_refused_by_name(
+    corpus: TinyCorpus, tmp_path: Path, override: str, message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        make_settings(corpus, tmp_path / "run", override)
+
+
+def test_load_settings_names_all_that_is_wrong(corpus: TinyCorpus, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"data\.cash.*run\.seed") as raised:
+        make_settings(corpus, tmp_path / "run", "data.cash=1", "run.seed=x")
+    assert "run.toml" in str(raised.value)
+
+
+def test_load_settings_needs_the_data(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[run]\nseed = 3\n")
+    with pytest.raises(TrainingError, match=r"run\.toml.*data: Field required"):
+        load_settings(tmp_path / "run.toml")
+
+
+def test_load_settings_names_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"cannot read the settings .*absent\.toml"):
+        load_settings(tmp_path / "absent.toml")
+
+
+@pytest.mark.parametrize("content", [b"[run\nseed = 3\n", b"seed = \n", b"\xff\xfe"])
+def test_load_settings_names_a_file_that_is_no_toml(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.toml").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"cannot read the settings .*run\.toml"):
+        load_settings(tmp_path / "run.toml")

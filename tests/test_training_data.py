@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import random
 from collections import Counter
@@ -229,7 +230,7 @@ def test_read_cuts_reads_the_chosen_corpora(tmp_path: Path) -> None:
     (cut,) = read_cuts([manifest], corpora=["two"])
     assert (cut.supervisions[0].text, cut.supervisions[0].speaker) == ("cab", "bela")
     assert cut.supervisions[0].custom["corpus"] == "two"
-    assert cut.duration == pytest.approx(0.36)
+    assert cut.duration == pytest.approx(0.48)
 
 
 def test_read_cuts_names_the_corpora_there_are(tmp_path: Path) -> None:
@@ -329,15 +330,14 @@ def test_store_features_goes_on_where_it_was_interrupted(
     folder = tmp_path / name
     folder.mkdir()
     whole = stored.at_speed[1.0]
-    for part, ids in enumerate(itertools.batched_ids(stored.utterance_ids, 4)):
-        _write_part(folder, part, {i: whole.load(i).numpy() for i in ids})
+    ids = stored.utterance_ids
+    for part, first in enumerate(range(0, len(ids), 4)):
+        _write_part(folder, part, {i: whole.load(i).numpy() for i in ids[first : first + 4]})
     (folder / "1.json").unlink()
     (folder / "1.npy").write_bytes(b"half a part")
     (folder / "2.unfinished.npy").write_bytes(b"half a part")
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    store = store_features(
-        stored.cuts, speed=1.0, settings=_SETTINGS, cache=tmp_path, n_jobs=1
-    )
+    store = store_features(stored.cuts, speed=1.0, settings=_SETTINGS, cache=tmp_path, n_jobs=1)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {n for n in after if after[n] != before.get(n)} == {"1.json", "1.npy"}
     for utterance_id in stored.utterance_ids:
@@ -357,3 +357,255 @@ def test_store_name_depends_on_recordings_settings_and_speed(stored: _Stored) ->
     }
     assert len(names) == 5
     assert name(stored.cuts, 1.0, FeatureSettings(n_mels=N_MELS)) in names
+
+
+def _write_part(
+    folder: Path, part: int, features: dict[str, npt.NDArray[np.float32]]
+) -> FeatureStore:
+    """Write features, each (time, mel), as a store's part; return the store of the folder."""
+    index, first = {}, 0
+    for utterance_id, frames in features.items():
+        index[utterance_id] = (first, len(frames))
+        first += len(frames)
+    np.save(folder / f"{part}.npy", np.concatenate(list(features.values())).astype(np.float16))
+    (folder / f"{part}.json").write_text(json.dumps(index))
+    return FeatureStore(folder)
+
+
+def test_feature_store_holds_what_its_parts_hold(tmp_path: Path) -> None:
+    _write_part(tmp_path, 0, {"a": np.full((3, 2), 1.0, np.float32)})
+    store = _write_part(tmp_path, 1, {"b": np.zeros((0, 2), np.float32)})
+    assert "a" in store
+    assert "b" in store
+    assert "c" not in store
+    assert store.load("a").tolist() == [[1.0, 1.0]] * 3
+    assert store.load("b").shape == (0, 2)
+
+
+def test_feature_store_reads_the_same_in_another_process(stored: _Stored) -> None:
+    store = stored.at_speed[1.0]
+    features = store.load("anna-2.wav")
+    pickled = pickle.dumps(store)
+    assert len(pickled) < 10_000  # places, not frames
+    assert torch.equal(pickle.loads(pickled).load("anna-2.wav"), features)  # noqa: S301  # our own
+
+
+def test_statistics_are_those_of_all_frames(stored: _Stored) -> None:
+    store = stored.at_speed[1.0]
+    frames = torch.cat([store.load(i) for i in stored.utterance_ids]).numpy().astype(np.float64)
+    mean, std = store.statistics(stored.utterance_ids)
+    np.testing.assert_allclose(mean.numpy(), frames.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(std.numpy(), frames.std(axis=0, ddof=1), rtol=1e-5)
+
+
+def test_statistics_sample_evenly_spaced_utterances(tmp_path: Path) -> None:
+    features = {str(i): np.full((1, 2), float(i), np.float32) for i in range(9)}
+    mean, _ = _write_part(tmp_path, 0, features).statistics(list(features), n_sampled=3)
+    assert mean.tolist() == [3.0, 3.0]  # of 0, 3 and 6
+
+
+def test_statistics_of_a_constant_band_can_be_divided_by(tmp_path: Path) -> None:
+    store = _write_part(tmp_path, 0, {"a": np.full((5, 2), 3.0, np.float32)})
+    assert store.statistics(["a"])[1].tolist() == pytest.approx([0.01, 0.01])
+
+
+# Batches
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_plan_has_every_utterance_once(epoch: int) -> None:
+    cuts = _draw_cuts(300)
+    durations_s = {cut.id: cut.duration for cut in cuts}
+    batches = _make_stream(cuts, epoch=epoch).plan()
+    assert sorted(i for batch in batches for i in batch) == sorted(durations_s)
+    assert max(sum(durations_s[i] for i in batch) for batch in batches) <= 40.0 * 1.05
+    assert len(batches) < 60  # 1400 seconds in batches of 40
+
+
+def test_plan_puts_utterances_of_similar_length_together() -> None:
+    cuts = _draw_cuts(300)
+    durations_s = {cut.id: cut.duration for cut in cuts}
+    for batch in _make_stream(cuts).plan():
+        lengths_s = [durations_s[i] for i in batch]
+        assert max(lengths_s) - min(lengths_s) < 1.5
+
+
+def test_plan_leaves_out_what_has_no_labels() -> None:
+    cuts = _draw_cuts(20)
+    stream = BatchStream(
+        cuts, {"c3": Labels((1,), ()), "c7": Labels((1,), ())}, [], batch_s=40.0, seed=1, epoch=0
+    )
+    assert sorted(i for batch in stream.plan() for i in batch) == ["c3", "c7"]
+
+
+def test_plan_of_a_single_utterance_is_one_batch() -> None:
+    assert _make_stream(_make_cuts([2.0])).plan() == [["c0"]]
+
+
+def test_plan_repeats_with_seed_and_epoch_only() -> None:
+    cuts = _draw_cuts(200)
+    plan = _make_stream(cuts, seed=1, epoch=2).plan()
+    assert _make_stream(cuts, seed=1, epoch=2).plan() == plan
+    for seed, epoch in ((1, 3), (2, 2)):
+        other = _make_stream(cuts, seed=seed, epoch=epoch).plan()
+        assert other != plan
+        assert {frozenset(batch) for batch in other} != {frozenset(batch) for batch in plan}
+
+
+def test_plan_shortest_first_is_sorted() -> None:
+    cuts = _draw_cuts(300)
+    durations_s = {cut.id: cut.duration for cut in cuts}
+
+    def means(*, shortest_first: bool) -> list[float]:
+        plan = _make_stream(cuts, shortest_first=shortest_first).plan()
+        return [sum(durations_s[i] for i in batch) / len(batch) for batch in plan]
+
+    assert means(shortest_first=True) == sorted(means(shortest_first=False))
+    assert means(shortest_first=False) != sorted(means(shortest_first=False))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("shortest_first", [False, True])
+def test_ranks_share_the_batches_equally(world_size: int, shortest_first: bool) -> None:
+    cuts = _draw_cuts(100)
+    durations_s = {cut.id: cut.duration for cut in cuts}
+    plans = [
+        _make_stream(cuts, rank=rank, world_size=world_size, shortest_first=shortest_first).plan()
+        for rank in range(world_size)
+    ]
+    assert len({len(plan) for plan in plans}) == 1
+    batches = [tuple(batch) for plan in plans for batch in plan]
+    assert sorted(i for batch in set(batches) for i in batch) == sorted(durations_s)
+    assert len(batches) - len(set(batches)) < world_size  # the last step is filled up
+    assert max(sum(durations_s[i] for i in batch) for batch in batches) <= 42.0 / world_size
+
+
+def test_every_rank_has_a_batch_where_there_are_fewer_batches_than_ranks() -> None:
+    cuts = _make_cuts([2.0, 2.1])
+    plans = [_make_stream(cuts, batch_s=400.0, rank=r, world_size=4).plan() for r in range(4)]
+    assert [len(plan) for plan in plans] == [1, 1, 1, 1]
+    assert {i for plan in plans for i in plan[0]} == {"c0", "c1"}
+
+
+def _stream_stored(stored: _Stored, **arguments: Any) -> BatchStream:
+    stores = list(stored.at_speed.values())
+    return _make_stream(stored.cuts, batch_s=3.0, stores=stores, **arguments)
+
+
+def _assert_equal(actual: Sequence[Batch], expected: Sequence[Batch]) -> None:
+    assert [batch.utterance_ids for batch in actual] == [batch.utterance_ids for batch in expected]
+    for one, other in zip(actual, expected, strict=True):
+        for field in fields(Batch)[1:]:
+            assert torch.equal(getattr(one, field.name), getattr(other, field.name)), field.name
+
+
+def test_stream_goes_on_with_the_batches_an_uninterrupted_pass_has(stored: _Stored) -> None:
+    whole = list(_stream_stored(stored, epoch=3))
+    assert len(whole) >= 4
+    for first_batch in range(len(whole) + 1):
+        rest = list(_stream_stored(stored, epoch=3, first_batch=first_batch))
+        _assert_equal(rest, whole[first_batch:])
+
+
+def test_stream_loads_the_same_in_a_process_of_its_own(stored: _Stored) -> None:
+    stream = _stream_stored(stored, epoch=1, first_batch=1)
+    _assert_equal(list(load_batches(stream)), list(stream))
+
+
+def test_stream_draws_one_speed_an_utterance_and_pass(stored: _Stored) -> None:
+    seen = Counter(
+        (utterance_id, n_frames)
+        for epoch in range(30)
+        for batch in _stream_stored(stored, epoch=epoch)
+        for utterance_id, n_frames in zip(
+            batch.utterance_ids, batch.feature_lengths.tolist(), strict=True
+        )
+    )
+    expected = {
+        (utterance_id, len(store.load(utterance_id)))
+        for store in stored.at_speed.values()
+        for utterance_id in stored.utterance_ids
+    }
+    assert set(seen) == expected
+    n_normal = sum(
+        n for (i, n_frames), n in seen.items() if n_frames == len(stored.at_speed[1.0].load(i))
+    )
+    assert n_normal / seen.total() == pytest.approx(0.5, abs=0.1)
+
+
+def test_stream_holds_the_features_and_labels_of_its_utterances(stored: _Stored) -> None:
+    labels = {
+        utterance_id: Labels(tokens=tuple(range(1, n + 2)), phones=(5,) * (n % 3))
+        for n, utterance_id in enumerate(stored.utterance_ids)
+    }
+    store = stored.at_speed[1.0]
+    stream = BatchStream(stored.cuts, labels, [store], batch_s=4.0, seed=1, epoch=0)
+    for batch in stream:
+        for i, utterance_id in enumerate(batch.utterance_ids):
+            n_frames, n_tokens = int(batch.feature_lengths[i]), int(batch.token_lengths[i])
+            n_phones = int(batch.phone_lengths[i])
+            assert torch.equal(batch.features[i, :n_frames], store.load(utterance_id))
+            assert tuple(batch.tokens[i, :n_tokens].tolist()) == labels[utterance_id].tokens
+            assert tuple(batch.phones[i, :n_phones].tolist()) == labels[utterance_id].phones
+
+
+def test_collate_pads_to_the_longest() -> None:
+    batch = collate(
+        ["a", "b"],
+        [torch.ones(2, 3), torch.ones(4, 3)],
+        [Labels(tokens=(7, 8, 9), phones=()), Labels(tokens=(5,), phones=(6, 7))],
+    )
+    assert batch.utterance_ids == ("a", "b")
+    assert batch.features.shape == (2, 4, 3)
+    assert batch.feature_lengths.tolist() == [2, 4]
+    assert batch.tokens.tolist() == [[7, 8, 9], [5, 0, 0]]
+    assert batch.token_lengths.tolist() == [3, 1]
+    assert batch.phones.tolist() == [[0, 0], [6, 7]]
+    assert batch.phone_lengths.tolist() == [0, 2]
+    assert batch.tokens.dtype == batch.phones.dtype == torch.int64
+
+
+# Pronunciations
+
+
+def test_phones_are_those_of_the_dictionary() -> None:
+    pronunciations = load_dictionary().values()
+    used = {phone for variants in pronunciations for phones in variants for phone in phones}
+    assert PHONES[0] == BLANK_TOKEN
+    assert set(PHONES[1:]) == used
+    assert len(PHONES) == len(set(PHONES)) == 40
+
+
+@pytest.mark.parametrize(
+    ("word", "phones"),
+    [
+        ("hello", "HH AH L OW"),
+        ("the", "DH AH"),
+        ("don't", "D OW N T"),
+        ("measure", "M EH ZH ER"),
+        ("thing", "TH IH NG"),
+    ],
+)
+def test_dictionary_pronounces_known_words(word: str, phones: str) -> None:
+    dictionary = load_dictionary()
+    ids = pronounce(word, dictionary)
+    assert ids is not None
+    assert " ".join(PHONES[i] for i in ids) == phones
+    assert pronounce(f"{word} {word}", dictionary) == ids + ids
+
+
+def test_dictionary_knows_the_usual_words() -> None:
+    assert len(load_dictionary()) > 100_000
+    assert all(len(phones) > 0 for variants in load_dictionary().values() for phones in variants)
+
+
+def test_pronounce_of_an_unknown_word_is_none() -> None:
+    assert pronounce("hello zyxwvq", load_dictionary()) is None
+    assert unknown_words("zyxwvq hello zyxwvq", load_dictionary()) == ["zyxwvq", "zyxwvq"]
+    assert pronounce("", load_dictionary()) == []
+
+
+def test_parse_dictionary_keeps_the_usual_pronunciation_first() -> None:
+    dictionary = parse_dictionary("a AH\na(2) EY\nbe B IY\na(3) AA\n")
+    assert dictionary == {"a": (("AH",), ("EY",), ("AA",)), "be": (("B", "IY"),)}
+    assert pronounce("a", dictionary) == [PHONES.index("AH")]

@@ -12,7 +12,7 @@ import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,8 @@ import soundfile
 import torch
 from lhotse import CutSet, MonoCut, Recording, SupervisionSegment
 from lhotse.audio import AudioSource
-from lhotse.dataset import DynamicBucketingSampler
+from lhotse.dataset import DynamicBucketingSampler, SimpleCutSampler
+from lhotse.dataset.sampling.base import CutSampler
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
@@ -35,6 +36,7 @@ from training.model import output_lengths
 logger = logging.getLogger(__name__)
 
 _N_BUCKETS: Final = 30
+_FEWEST_BUCKETED: Final = 10 * _N_BUCKETS
 
 
 @dataclass(frozen=True)
@@ -235,21 +237,13 @@ class BatchStream(IterableDataset[Batch]):
 
     def plan(self) -> list[list[str]]:
         """Utterance ids of every batch of this pass and process, the seen ones included."""
-        sampler = DynamicBucketingSampler(
-            self._cuts,
-            max_duration=self._batch_s / self._world_size,
-            num_buckets=min(_N_BUCKETS, len(self._cuts)),
-            shuffle=True,
-            seed=self._seed,
-            world_size=1,
-            rank=0,
-        )
+        sampler = self._new_sampler()
         sampler.set_epoch(self._epoch)
         batches = [[cut.id for cut in batch] for batch in sampler]
         if self._shortest_first:
             batches.sort(key=self._mean_duration_s)
-        n_steps = -(-len(batches) // self._world_size)
-        batches += batches[: n_steps * self._world_size - len(batches)]
+        n_missing = -len(batches) % self._world_size
+        batches += list(islice(cycle(batches), n_missing))  # every process makes every step
         return batches[self._rank :: self._world_size]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -257,6 +251,19 @@ class BatchStream(IterableDataset[Batch]):
         for utterance_ids in islice(self.plan(), self._first_batch, None):
             features = [self._load_features(i) for i in utterance_ids]
             yield collate(utterance_ids, features, [self._labels[i] for i in utterance_ids])
+
+    def _new_sampler(self) -> CutSampler:
+        """Buckets of similar durations, or none where there are too few utterances to fill them."""
+        options = {
+            "max_duration": self._batch_s / self._world_size,
+            "shuffle": True,
+            "seed": self._seed,
+            "world_size": 1,
+            "rank": 0,
+        }
+        if len(self._cuts) < _FEWEST_BUCKETED:
+            return SimpleCutSampler(self._cuts, **options)
+        return DynamicBucketingSampler(self._cuts, num_buckets=_N_BUCKETS, **options)
 
     def _load_features(self, utterance_id: str) -> Tensor:
         draw = random.Random(f"{self._seed} {self._epoch} {utterance_id}")

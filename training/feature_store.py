@@ -95,7 +95,7 @@ def _store_part(folder: Path, settings: FeatureSettings, part: int, cuts: list[M
     blocks: list[npt.NDArray[np.float16]] = []
     first = 0
     for cut in cuts:
-        waveform = np.asarray(cut.load_audio(), dtype=np.float32).reshape(-1)
+        waveform = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
         frames = log_mel(waveform, settings).astype(np.float16)
         index[cut.id] = (first, len(frames))
         blocks.append(frames)

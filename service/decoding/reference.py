@@ -10,12 +10,29 @@ import kenlm
 import numpy as np
 from pyctcdecode.alphabet import Alphabet
 from pyctcdecode.decoder import BeamSearchDecoderCTC, OutputBeam
-from pyctcdecode.language_model import LanguageModel
+from pyctcdecode.language_model import LOG_BASE_CHANGE_FACTOR, LanguageModel
 
 from service.decoding.hypothesis import FloatArray, Hypothesis, Word
 from service.text import BLANK_TOKEN
 
 logging.getLogger("pyctcdecode").setLevel(logging.ERROR)  # it warns of what is meant here
+
+
+class _LanguageModel(LanguageModel):  # type: ignore[misc]  # pyctcdecode is not annotated
+    """pyctcdecode's, but a space at the end is no word.
+
+    pyctcdecode 0.5 scores what follows such a space as one more, unknown word, and gives this
+    score to every reading with the same text.
+    """
+
+    def score(
+        self, prev_state: kenlm.State, word: str, is_last_word: bool = False
+    ) -> tuple[float, kenlm.State]:
+        if word:
+            score: tuple[float, kenlm.State] = super().score(prev_state, word, is_last_word)
+            return score
+        end_score = self._get_raw_end_score(prev_state) if is_last_word else 0.0
+        return self.alpha * end_score * LOG_BASE_CHANGE_FACTOR, prev_state
 
 
 class ReferenceDecoder:
@@ -50,7 +67,7 @@ class ReferenceDecoder:
         labels = ["" if token == BLANK_TOKEN else token for token in tokens]
         language_model = None
         if lm_path is not None:
-            language_model = LanguageModel(
+            language_model = _LanguageModel(
                 kenlm.Model(str(lm_path)),
                 unigrams=words,
                 alpha=alpha,
