@@ -370,6 +370,12 @@ def _open_headerless(head: bytes, said: AudioFormat, *, is_complete: bool) -> _R
             f"the audio was said to be {said.encoding.value} but begins with {head[:12]!r}, "
             "which is no such header; send the file's bytes from its start, or correct the encoding"
         )
+    foreign = _name_foreign(head) if said.encoding is None else None
+    if foreign is not None:
+        raise AudioError(
+            f"the data is {foreign}, which is not decoded here; "
+            "convert the recording to WAV, FLAC, Ogg or mp3"
+        )
     may_be_text = said.encoding is None and _looks_like_text(head)
     if may_be_text and len(head) < _TEXT_BYTES and not is_complete and not said.header_required:
         return None  # the answer may not depend on how the bytes are cut
@@ -408,6 +414,28 @@ def _sniff(head: bytes, *, is_complete: bool) -> Encoding | _Undecided | None:
     if len(head) < frame_bytes + 4:
         return None if is_complete else _UNDECIDED
     return Encoding.MP3 if _mp3_frame_bytes(head[frame_bytes:]) is not None else None
+
+
+_FOREIGN: Final = (
+    (0, b"FORM", "AIFF"),
+    (0, b"caff", "CAF"),
+    (0, b".snd", "AU"),
+    (0, b"RIFX", "big-endian WAV"),
+    (0, b"riff", "Wave64"),
+    (0, b"#!AMR", "AMR"),
+    (0, b"wvpk", "WavPack"),
+    (0, b"\x1a\x45\xdf\xa3", "WebM or Matroska"),
+    (0, b"\x30\x26\xb2\x75", "WMA"),
+    (4, b"ftyp", "MP4 or M4A"),
+)
+
+
+def _name_foreign(head: bytes) -> str | None:
+    """The name of a container that is known, but not decoded."""
+    for place, magic, name in _FOREIGN:
+        if head[place : place + len(magic)] == magic:
+            return name
+    return None
 
 
 _MP3_KBITS: Final = {

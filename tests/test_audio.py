@@ -489,12 +489,16 @@ def test_load_audio_refuses_text_named_wav(tmp_path: Path) -> None:
         load_audio(path, target_rate=RATE)
 
 
-@pytest.mark.parametrize("container", ["AIFF", "CAF", "AU", "W64"])
-def test_load_audio_refuses_other_containers(container: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("container", "name"), [("AIFF", "AIFF"), ("CAF", "CAF"), ("AU", "AU"), ("W64", "Wave64")]
+)
+def test_other_containers_are_refused_by_name(container: str, name: str, tmp_path: Path) -> None:
     path = tmp_path / "clip.wav"
     path.write_bytes(encode(noise(1_000), container=container, subtype="PCM_16"))
-    with pytest.raises(AudioError, match=r"no header of a WAV, FLAC, Ogg or mp3 file; convert"):
+    with pytest.raises(AudioError, match=f"the data is {name}, which is not decoded here; convert"):
         load_audio(path, target_rate=RATE)
+    with pytest.raises(AudioError, match=name):
+        decode_audio(path.read_bytes(), AudioFormat(), target_rate=RATE)
 
 
 def test_load_audio_refuses_pcm_without_header(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def test_bad_audio_is_refused_with_its_cause(server: RunningServer) -> None:
     )
     assert "2 channels" in _refusal(server, wav, Config(audio_channel_count=2))
     assert "FLAC" in _refusal(server, wav, Config(encoding=Config.FLAC))
+    assert "MP4" in _refusal(server, b"\x00\x00\x00\x20ftypM4A " + bytes(1_000))
     assert "cannot be decoded" in _refusal(server, b"OggS" + bytes(range(256)) * 20)
 
 

@@ -28,6 +28,7 @@ from tiny import (
 )
 from torch import Tensor
 from torch.nn.functional import ctc_loss
+from torch.utils.data import get_worker_info
 
 from service.errors import TrainingError
 from service.text import CHARACTERS, collapse
@@ -36,6 +37,7 @@ from training.config import load_settings
 from training.data import Batch, BatchStream, Labels, collate
 from training.distributed import World
 from training.evaluation import errors_by_corpus, greedy_transcripts
+from training.feature_store import FeatureStore
 from training.loss import Losses, compute_losses
 from training.precision import choose_precision
 from training.schedule import learning_rate
@@ -121,7 +123,7 @@ def test_steps_overfit_one_batch_to_zero_errors(corpus: TinyCorpus, tmp_path: Pa
     for step in range(1, n_steps):
         run.progress = replace(run.progress, batch=step, step=step)
         last, _ = run._step(batch, n_batches=n_steps)
-    assert float(last.combine(0.5)) < 0.05 * float(first.combine(0.5))
+    assert last.combine(0.5).item() < 0.05 * first.combine(0.5).item()
 
     model = run.averaged.module
     assert isinstance(model, torch.nn.Module)
@@ -242,18 +244,22 @@ def test_train_refuses_the_folder_of_another_models_run(
     assert (uninterrupted / "last.pt").read_bytes() == before
 
 
-def test_train_leaves_no_process_behind_when_it_fails(
+def test_train_leaves_no_process_behind_when_its_loader_fails(
     corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(run: _Run, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
-        raise RuntimeError(f"no step {run.progress.step} of {n_batches}: {len(batch.tokens)}")
+    load = FeatureStore.load
 
-    monkeypatch.setattr(_Run, "_step", fail)
-    with pytest.raises(RuntimeError, match="no step 0") as raised:
+    def load_in_main_only(store: FeatureStore, utterance_id: str) -> Tensor:
+        if get_worker_info() is not None:
+            raise OSError(f"{utterance_id}: the disk is gone")
+        return load(store, utterance_id)
+
+    monkeypatch.setattr(FeatureStore, "load", load_in_main_only)
+    with pytest.raises(OSError, match="the disk is gone") as raised:
         train(make_settings(corpus, tmp_path / "run"))
-    assert raised.tb is not None  # the traceback, which the interpreter keeps until it ends
+    assert raised.tb is not None  # the interpreter, too, keeps the traceback until it ends
     loaders = multiprocessing.active_children()
-    for loader in loaders:  # it ignores SIGTERM: the tests would never end
+    for loader in loaders:  # it ignores SIGTERM: the end of the tests would wait for it forever
         loader.kill()
     assert loaders == []
 
