@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from service.audio import load_audio
-from service.bundle import find_bundle, load_bundle
+from service.bundle import DecoderSettings, find_bundle, load_bundle
 from service.decoding.hypothesis import FloatArray
 from service.decoding.reference import ReferenceDecoder
 from service.features import log_mel
@@ -51,21 +51,32 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--alphas", default="0.3,0.5,0.7,0.9")
     parser.add_argument("--betas", default="0,1,2,3")
+    parser.add_argument("--corpus", help="search this corpus of the manifest only")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another decoder setting, such as token_min_log_prob=-7",
+    )
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     folder = find_bundle(arguments.bundle)
-    items = compute_emissions(load_recogniser(folder, decoders=("greedy",)), arguments.manifest)
+    recogniser = load_recogniser(folder, decoders=("greedy",))
+    items = compute_emissions(recogniser, arguments.manifest, corpus=arguments.corpus)
+    others = {name: float(value) for name, value in (pair.split("=") for pair in arguments.set)}
     grid = list(product(_numbers(arguments.alphas), _numbers(arguments.betas)))
-    search = functools.partial(search_items, folder, items)
+    search = functools.partial(search_items, folder, items, others)
     with multiprocessing.get_context("fork").Pool(arguments.jobs) as processes:
         found = list(tqdm(processes.imap(search, grid), total=len(grid), desc="weights"))
     report(dict(zip(grid, found, strict=True)))
 
 
-def compute_emissions(recogniser: Recogniser, manifest: Path) -> list[Item]:
-    """Run the acoustic model over every utterance of a manifest."""
+def compute_emissions(recogniser: Recogniser, manifest: Path, *, corpus: str | None) -> list[Item]:
+    """Run the acoustic model over the utterances of a manifest, or of one corpus of it."""
     items = []
-    for utterance in tqdm(read_manifest(manifest), desc="emissions"):
+    utterances = [u for u in read_manifest(manifest) if corpus in (None, u.corpus)]
+    for utterance in tqdm(utterances, desc="emissions"):
         waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
         features = log_mel(waveform, recogniser.features)
         step = recogniser.window_frames
@@ -75,11 +86,14 @@ def compute_emissions(recogniser: Recogniser, manifest: Path) -> list[Item]:
     return items
 
 
-def search_items(folder: Path, items: Sequence[Item], weights: Weights) -> Counts:
-    """Decode every utterance with one pair of weights."""
+def search_items(
+    folder: Path, items: Sequence[Item], others: Mapping[str, float], weights: Weights
+) -> Counts:
+    """Decode every utterance with one pair of weights and other decoder settings."""
     bundle = load_bundle(folder)
     alpha, beta = weights
-    settings = {**bundle.config.decoder.model_dump(), "alpha": alpha, "beta": beta}
+    changed = {**bundle.config.decoder.model_dump(), **others, "alpha": alpha, "beta": beta}
+    settings = DecoderSettings.model_validate(changed).model_dump()
     decoder = ReferenceDecoder(
         bundle.config.tokens, lm_path=bundle.lm_binary, words=bundle.read_words(), **settings
     )

@@ -73,11 +73,13 @@ def export_bundle(
         ExportError: a file is missing, or parity fails; nothing is written then.
         TrainingError: the checkpoint cannot be read.
     """
+    _refuse_to_replace(folder)
+    note_text = _read_notes(notes)
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        work = Path(temporary) / folder.name
+        work = Path(temporary) / "new"
         work.mkdir()
         full_graph = Path(temporary) / "float32.onnx"
         export_graph(model, full_graph)
@@ -98,7 +100,7 @@ def export_bundle(
             name=name,
             language=language,
             decoder=decoder or DecoderSettings(),
-            notes=notes.read_text(encoding="utf-8") if notes is not None else "",
+            notes=note_text,
             int8=int8,
         )
         config = describe(measured={})
@@ -119,6 +121,22 @@ def load_model(checkpoint: Checkpoint) -> AcousticModel:
     )
     model.load_state_dict(checkpoint.averaged)
     return model.eval()
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    """Let nothing but a bundle, or an empty folder, be replaced."""
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_empty and not (folder / CONFIG_NAME).is_file():
+        raise ExportError(f"{folder} exists and is no bundle; choose another folder or remove it")
+
+
+def _read_notes(notes: Path | None) -> str:
+    if notes is None:
+        return ""
+    try:
+        return notes.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"cannot read the notes {notes}: {error}") from error
 
 
 def _copy_lm(lm: Path, work: Path) -> None:

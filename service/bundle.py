@@ -78,8 +78,9 @@ class BundleConfig(_Part):
 
     @model_validator(mode="after")
     def _blank_comes_first(self) -> BundleConfig:
-        if self.tokens[BLANK] != BLANK_TOKEN or self.phones[BLANK] != BLANK_TOKEN:
-            raise ValueError(f"token 0 and phone 0 must be {BLANK_TOKEN}")
+        for units in (self.tokens, self.phones):
+            if not units or units[BLANK] != BLANK_TOKEN:
+                raise ValueError(f"token 0 and phone 0 must be {BLANK_TOKEN}")
         return self
 
 
@@ -124,8 +125,10 @@ def load_bundle(folder: Path) -> Bundle:
     config = _parse_config(text, path)
     for name, expected in config.files.items():
         _check_file(folder, name, expected)
-    if OFFLINE_GRAPH not in config.files:
-        raise BundleError(f"{path} lists no {OFFLINE_GRAPH}; export the bundle again")
+    needed = [OFFLINE_GRAPH, *([LM_WORDS] if LM_BINARY in config.files else [])]
+    for name in needed:
+        if name not in config.files:
+            raise BundleError(f"{path} lists no {name}; export the bundle again")
     return Bundle(folder=folder, config=config)
 
 
@@ -159,8 +162,20 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+class _Version(BaseModel):
+    """The part of `config.json` that every format has."""
+
+    format_version: int
+
+
 def _parse_config(text: str, path: Path) -> BundleConfig:
     try:
+        version = _Version.model_validate_json(text).format_version
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"{path} has format version {version}, this Voxgate reads {FORMAT_VERSION}; "
+                "export the bundle again or use the Voxgate that wrote it"
+            )
         config = BundleConfig.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
@@ -169,11 +184,6 @@ def _parse_config(text: str, path: Path) -> BundleConfig:
             f"{path} does not fit this version of Voxgate: {where}: {first['msg']}; "
             "export the bundle again"
         ) from error
-    if config.format_version != FORMAT_VERSION:
-        raise BundleError(
-            f"{path} has format version {config.format_version}, this Voxgate reads "
-            f"{FORMAT_VERSION}; export the bundle again or use the Voxgate that wrote it"
-        )
     return config
 
 

@@ -31,7 +31,7 @@ DecoderName = Literal["greedy", "beam"]
 
 LONGEST_SEGMENT_S: Final = 30.0
 _WARM_UP_S: Final = 1.0
-_SILENCE_LOG_ENERGY: Final = -7.0  # the loudest band of white noise at about -72 dBFS
+_SILENCE_LOG_ENERGY: Final = -12.0  # below the loudest band of white noise at -90 dBFS
 _NEVER: Final = -100.0
 
 

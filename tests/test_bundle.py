@@ -2,24 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime
 import pytest
 from conftest import CHECKOUT
 
 import service
-from service.bundle import find_bundle, load_bundle
+from service.bundle import BundleConfig, DecoderSettings, find_bundle, hash_file, load_bundle
 from service.engine import OnnxEngine, check_installation
 from service.errors import BundleError, ProviderError
+from service.features import FeatureSettings
+
+_FILES = {
+    "offline.onnx": b"a graph" * 100,
+    "lm/lm.binary": b"a language model",
+    "lm/words.txt": b"a\nbad\ncab\n",
+    "MODEL_CARD.md": b"# tiny\n",
+}
 
 
 @pytest.fixture
-def copy(shipped_bundle: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(shipped_bundle, tmp_path / "bundle"))
+def bundle(tmp_path: Path) -> Path:
+    """A bundle that is whole, though its graph and language model are none."""
+    folder = tmp_path / "bundle"
+    for name, content in _FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    config = BundleConfig(
+        format_version=1,
+        name="tiny",
+        language="en-US",
+        features=FeatureSettings(),
+        tokens=("<blank>", " ", "a"),
+        phones=("<blank>", "AH"),
+        subsampling=4,
+        decoder=DecoderSettings(),
+        files={name: hashlib.sha256(content).hexdigest() for name, content in _FILES.items()},
+        provenance={"trained_on": "tones"},
+    )
+    (folder / "config.json").write_text(config.model_dump_json())
+    return folder
 
 
 def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -29,56 +58,131 @@ def _change(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(config))
 
 
+# Reading
+
+
 def test_shipped_bundle_is_whole(shipped_bundle: Path) -> None:
     loaded = load_bundle(shipped_bundle)
     assert loaded.config.name == "en-small"
     assert loaded.offline_graph.is_file()
     assert len(loaded.read_words()) > 50_000
-    size = sum(p.stat().st_size for p in shipped_bundle.rglob("*"))
-    assert size < 80e6
+    assert sum(p.stat().st_size for p in shipped_bundle.rglob("*")) < 80e6
 
 
-@pytest.mark.parametrize("name", ["offline.onnx", "lm/lm.binary", "lm/words.txt", "MODEL_CARD.md"])
-def test_missing_and_altered_files_are_named(copy: Path, name: str) -> None:
-    path = copy / name
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def test_load_bundle_finds_every_part(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    assert loaded.folder == bundle
+    assert loaded.offline_graph == bundle / "offline.onnx"
+    assert loaded.lm_binary == bundle / "lm" / "lm.binary"
+    assert loaded.read_words() == ["a", "bad", "cab"]
+    assert loaded.config.tokens == ("<blank>", " ", "a")
+    assert loaded.config.decoder == DecoderSettings()
+
+
+def test_bundle_without_a_language_model_has_no_words(bundle: Path) -> None:
+    _change(bundle, lambda c: [c["files"].pop(f"lm/{name}") for name in ("lm.binary", "words.txt")])
+    loaded = load_bundle(bundle)
+    assert loaded.lm_binary is None
+    assert loaded.read_words() == []
+
+
+@pytest.mark.parametrize("name", _FILES)
+def test_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=f"{name} is missing.*copy the whole folder"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", _FILES)
+@pytest.mark.parametrize("place", [0, -1])
+def test_file_altered_in_one_byte_is_named(bundle: Path, name: str, place: int) -> None:
+    content = bytearray(_FILES[name])
+    content[place] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} was altered.*copy the bundle again"):
+        load_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", _FILES)
+def test_file_cut_short_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).write_bytes(_FILES[name][:-1])
     with pytest.raises(BundleError, match=f"{name} was altered"):
-        load_bundle(copy)
-    path.unlink()
-    with pytest.raises(BundleError, match=f"{name} is missing"):
-        load_bundle(copy)
+        load_bundle(bundle)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda c: c.update(format_version=99), "format version 99"),
-        (lambda c: c.update(surprise=1), "surprise"),
-        (lambda c: c.pop("tokens"), "tokens"),
-        (lambda c: c["tokens"].insert(0, "a"), "<blank>"),
-        (lambda c: c["features"].update(n_mels=0), "n_mels"),
-        (lambda c: c["files"].pop("offline.onnx"), "lists no offline.onnx"),
+        (lambda c: c.update(format_version=99), "format version 99.*reads 1.*export"),
+        (lambda c: c.update(surprise=1), "surprise: Extra.*export the bundle again"),
+        (lambda c: c["decoder"].update(alfa=1), r"decoder\.alfa: Extra"),
+        (lambda c: c.pop("tokens"), "tokens: Field required"),
+        (lambda c: c.update(subsampling="four"), "subsampling: .*integer"),
+        (lambda c: c["tokens"].insert(0, "a"), "token 0 and phone 0 must be <blank>"),
+        (lambda c: c["phones"].reverse(), "token 0 and phone 0 must be <blank>"),
+        (lambda c: c["features"].update(n_mels=0), r"features\.n_mels"),
+        (lambda c: c["decoder"].update(beam_width=0), r"decoder\.beam_width"),
+        (lambda c: c["files"].pop("offline.onnx"), r"lists no offline\.onnx; export"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(
-    copy: Path, change: Callable[[dict[str, Any]], object], said: str
+    bundle: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    _change(copy, change)
-    with pytest.raises(BundleError, match=said):
-        load_bundle(copy)
+    _change(bundle, change)
+    with pytest.raises(BundleError, match=rf"config\.json .*{message}"):
+        load_bundle(bundle)
 
 
-def test_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is no bundle"):
-        load_bundle(tmp_path)
-    (tmp_path / "config.json").write_text("{")
+@pytest.mark.parametrize("name", ["tokens", "phones"])
+def test_config_without_tokens_is_refused(bundle: Path, name: str) -> None:
+    _change(bundle, lambda c: c.update({name: []}))
     with pytest.raises(BundleError, match=r"config\.json does not fit"):
-        load_bundle(tmp_path)
+        load_bundle(bundle)
 
 
-def test_bundle_is_found_in_the_documented_order(
+def test_config_of_a_later_format_is_refused_as_such(bundle: Path) -> None:
+    _change(bundle, lambda c: c.update(format_version=2, streaming=True))
+    with pytest.raises(BundleError, match="format version 2"):
+        load_bundle(bundle)
+
+
+def test_language_model_without_its_words_is_refused(bundle: Path) -> None:
+    _change(bundle, lambda c: c["files"].pop("lm/words.txt"))
+    (bundle / "lm" / "words.txt").unlink()
+    with pytest.raises(BundleError, match=r"lm/words\.txt"):
+        load_bundle(bundle).read_words()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1'])
+def test_broken_json_is_refused(bundle: Path, text: str) -> None:
+    (bundle / "config.json").write_text(text)
+    with pytest.raises(BundleError, match=r"config\.json does not fit.*export the bundle again"):
+        load_bundle(bundle)
+
+
+def test_config_that_is_no_text_is_refused(bundle: Path) -> None:
+    (bundle / "config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BundleError, match=r"is no bundle: cannot read .*config\.json"):
+        load_bundle(bundle)
+
+
+def test_absent_folder_is_refused(tmp_path: Path) -> None:
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(BundleError, match=rf"{folder} is no bundle.*`voxgate export` wrote"):
+            load_bundle(folder)
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_hash_file_is_sha256(tmp_path: Path, size: int) -> None:
+    content = np.random.default_rng(size).bytes(size)
+    (tmp_path / "file").write_bytes(content)
+    assert hash_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+# Finding
+
+
+def test_find_bundle_prefers_the_argument_then_the_variable_then_the_checkout(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,32 +191,62 @@ def test_bundle_is_found_in_the_documented_order(
     monkeypatch.setenv("VOXGATE_BUNDLE", "/from/environment")
     assert find_bundle(None) == Path("/from/environment")
     assert find_bundle(Path("asked")) == Path("asked")
+    monkeypatch.setenv("VOXGATE_BUNDLE", "")
+    assert find_bundle(None) == CHECKOUT / "bundles" / "en-small"
 
 
-def test_no_bundle_at_all_names_both_places(
+def test_find_bundle_without_any_names_both_places(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("VOXGATE_BUNDLE", raising=False)
-    package = tmp_path / "service" / "__init__.py"
-    monkeypatch.setattr(service, "__file__", str(package))
-    with pytest.raises(BundleError, match=r"VOXGATE_BUNDLE.*en-small"):
+    monkeypatch.setattr(service, "__file__", str(tmp_path / "service" / "__init__.py"))
+    shipped = tmp_path.resolve() / "bundles" / "en-small"
+    with pytest.raises(BundleError, match=f"VOXGATE_BUNDLE is not set and {shipped} .*--bundle"):
         find_bundle(None)
 
 
-def test_cuda_that_is_not_there_is_refused_with_the_repair(shipped_bundle: Path) -> None:
-    with pytest.raises(ProviderError, match=r"make install-gpu.*onnxruntime-gpu\[cuda,cudnn\]"):
-        OnnxEngine(shipped_bundle / "offline.onnx", provider="cuda")
+# The engine
 
 
-def test_two_onnxruntime_packages_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_cuda_that_is_not_there_is_refused_with_the_repair(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_installation("cpu")
-    folder = tmp_path / "onnxruntime_gpu-1.20.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: onnxruntime-gpu\nVersion: 1.20\n"
+    monkeypatch.setattr(  # so it is here, but not on every machine
+        onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"]
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(ProviderError, match="both installed"):
-        check_installation("cpu")
+    with pytest.raises(ProviderError, match=r"make install-gpu.*--provider cpu") as raised:
+        OnnxEngine(bundle / "offline.onnx", provider="cuda")
+    assert "--provider cuda was asked for" in str(raised.value)
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in str(raised.value)
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in str(raised.value)
+
+
+def _install(folder: Path, distribution: str) -> None:
+    """What pip leaves of a distribution: its metadata."""
+    metadata = folder / f"{distribution.replace('-', '_')}-1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+
+
+@pytest.mark.parametrize("provider", ["cpu", "cuda"])
+def test_two_onnxruntime_packages_are_refused(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, provider: Any
+) -> None:
+    for distribution in ("onnxruntime", "onnxruntime-gpu"):
+        _install(tmp_path / "packages", distribution)
+    check_installation("cpu")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    with pytest.raises(ProviderError, match=r"both installed.*make install-gpu"):
+        OnnxEngine(bundle / "offline.onnx", provider=provider)
+
+
+def test_engine_runs_the_shipped_graph_for_any_length_and_batch(shipped_bundle: Path) -> None:
+    loaded = load_bundle(shipped_bundle)
+    engine = OnnxEngine(loaded.offline_graph, n_threads=min(2, os.cpu_count() or 1))
+    for n_utterances, n_frames in ((1, 1), (1, 99), (3, 40)):
+        features = np.full((n_utterances, n_frames, loaded.config.features.n_mels), -8, np.float32)
+        log_probs = engine.log_probs(features, np.full(n_utterances, n_frames))
+        n_output = -(-n_frames // loaded.config.subsampling)
+        assert log_probs.shape == (n_utterances, n_output, len(loaded.config.tokens))
+        assert log_probs.dtype == np.float32
+        np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 1.0, atol=1e-4)

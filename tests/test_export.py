@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -17,19 +19,28 @@ from tiny import (
     make_model,
     make_settings,
     one_weight_changed,
+    say,
     write_corpus,
+    write_manifest,
+    write_recordings,
 )
 
-from export.bundle import export_bundle
+from export import bundle as export_module
+from export.bundle import export_bundle, load_model
 from export.graph import ServedModel, export_graph, quantise_graph
 from export.parity import check_parity, measure_parity
-from service.bundle import load_bundle
-from service.errors import ExportError
+from service.bundle import DecoderSettings, load_bundle
+from service.engine import OnnxEngine
+from service.errors import ExportError, ManifestError, TrainingError
 from service.recogniser import load_recogniser
-from training.checkpoint import save_checkpoint
+from service.text import CHARACTERS
+from training.checkpoint import load_checkpoint, save_checkpoint
+from training.config import TrainingSettings
+from training.lexicon import PHONES
+from training.model import AcousticModel, Cell
 from training.ngram import build_ngram
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's exporter and onnx have their own
+_BATCHES = ([1], [2], [3], [4], [7], [57], [201], [399], [57, 57], [1, 400], [90, 3, 1, 44, 17])
 
 
 @pytest.fixture(scope="module")
@@ -38,44 +49,131 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> TinyCorpus:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    settings = make_settings(corpus, folder / "run")
+def settings(corpus: TinyCorpus, tmp_path_factory: pytest.TempPathFactory) -> TrainingSettings:
+    return make_settings(
+        corpus, tmp_path_factory.mktemp("settings") / "run", 'data.corpora=["tones", "chimes"]'
+    )
+
+
+@pytest.fixture(scope="module")
+def model(settings: TrainingSettings) -> AcousticModel:
+    """A model that hears one `a`, whatever is said."""
     model = make_model(**settings.model.model_dump())
-    save_checkpoint(make_checkpoint(model, settings), folder / "last.pt")
-    return folder / "last.pt"
+    model.token_head.weight.data.mul_(0.1)
+    model.token_head.bias.data[CHARACTERS.index("a")] += 10.0
+    return model
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
-@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.fixture(scope="module")
+def checkpoint(
+    model: AcousticModel, settings: TrainingSettings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("checkpoint") / "last.pt"
+    save_checkpoint(make_checkpoint(model, settings), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lm")
+    (folder / "text.txt").write_text("\n".join(TEXTS) + "\n")
+    build_ngram([folder / "text.txt"], folder / "lm", order=2)
+    return folder / "lm"
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+# The graph
+
+
+@pytest.mark.parametrize(
+    ("cell", "bidirectional", "subsampling"),
+    [
+        ("lstm", True, 4),
+        ("lstm", False, 4),
+        ("lstm", True, 3),
+        ("lstm", True, 2),
+        ("gru", True, 4),
+        ("gru", False, 2),
+        ("rnn", True, 3),
+    ],
+)
 def test_graph_equals_model_for_any_length_and_batch(
-    cell: str, bidirectional: bool, tmp_path: Path
+    tmp_path: Path, cell: Cell, bidirectional: bool, subsampling: int
 ) -> None:
-    model = make_model(cell=cell, bidirectional=bidirectional)
+    model = make_model(cell=cell, bidirectional=bidirectional, subsampling=subsampling)
     export_graph(model, tmp_path / "graph.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "graph.onnx"))
     served = ServedModel(model).eval()
-    for lengths in ([1], [2], [3], [400], [57, 57], [90, 3, 1, 44, 17]):
-        features = torch.randn(len(lengths), max(lengths), N_MELS) * 4 - 8
+    generator = torch.Generator().manual_seed(2)
+    for lengths in _BATCHES:
+        features = torch.randn(len(lengths), max(lengths) + 5, N_MELS, generator=generator) * 4 - 8
         with torch.no_grad():
             expected = served(features, torch.tensor(lengths))
         actual = session.run(
             None, {"features": features.numpy(), "feature_lengths": np.array(lengths)}
         )
-        assert actual[2].tolist() == expected[2].tolist()
-        for head in (0, 1):
+        assert actual[2].tolist() == expected[2].tolist() == [-(-n // subsampling) for n in lengths]
+        for head, n_labels in ((0, len(CHARACTERS)), (1, len(PHONES))):
+            assert actual[head].shape[2] == n_labels
             for i, n_frames in enumerate(actual[2]):
                 np.testing.assert_allclose(
-                    actual[head][i, :n_frames], expected[head][i, :n_frames], atol=1e-4
+                    actual[head][i, :n_frames], expected[head][i, :n_frames], atol=1e-4, rtol=0
                 )
+                total = np.exp(actual[head][i, :n_frames]).sum(axis=-1)
+                np.testing.assert_allclose(total, 1.0, atol=1e-4)
+
+
+def test_engine_gives_the_token_head(tmp_path: Path) -> None:
+    model = make_model()
+    export_graph(model, tmp_path / "graph.onnx")
+    features = torch.randn(2, 60, N_MELS, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, _, _ = ServedModel(model).eval()(features, torch.tensor([60, 60]))
+    actual = OnnxEngine(tmp_path / "graph.onnx").log_probs(features.numpy(), np.array([60, 60]))
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
+
+
+def test_export_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = make_model(dropout=0.5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    export_graph(model, tmp_path / "graph.onnx")
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_parity_check_accepts_the_models_own_graph(tmp_path: Path) -> None:
+    model = make_model()
+    export_graph(model, tmp_path / "graph.onnx")
+    assert check_parity(model, tmp_path / "graph.onnx").largest < 1e-4
 
 
 def test_parity_check_finds_one_other_weight(tmp_path: Path) -> None:
     model = make_model()
     export_graph(model, tmp_path / "graph.onnx")
-    assert check_parity(model, tmp_path / "graph.onnx").largest < 1e-4
     with one_weight_changed(model), pytest.raises(ExportError, match="nothing was written"):
         check_parity(model, tmp_path / "graph.onnx")
+
+
+def test_parity_check_finds_another_phone_head(tmp_path: Path) -> None:
+    model = make_model()
+    export_graph(model, tmp_path / "graph.onnx")
+    model.phone_head.bias.data[3] += 1.0
+    with pytest.raises(ExportError, match="differs from the model"):
+        check_parity(model, tmp_path / "graph.onnx")
+
+
+def test_parity_check_refuses_what_is_not_a_number(tmp_path: Path) -> None:
+    broken = make_model()
+    broken.token_head.bias.data[3] = float("nan")
+    export_graph(broken, tmp_path / "graph.onnx")
+    with pytest.raises(ExportError, match="differs from the model"):
+        check_parity(make_model(), tmp_path / "graph.onnx")
 
 
 def test_int8_graph_is_smaller_and_close(tmp_path: Path) -> None:
@@ -84,42 +182,215 @@ def test_int8_graph_is_smaller_and_close(tmp_path: Path) -> None:
     quantise_graph(tmp_path / "full.onnx", tmp_path / "int8.onnx")
     sizes = [(tmp_path / name).stat().st_size for name in ("full.onnx", "int8.onnx")]
     assert sizes[1] < sizes[0] / 2
-    assert 0 < measure_parity(model, tmp_path / "int8.onnx").mean < 0.01
+    assert 0 < measure_parity(model, tmp_path / "int8.onnx").mean < 0.002
+
+
+def test_int8_weights_keep_seven_bits(tmp_path: Path) -> None:
+    model = make_model(hidden_size=64)
+    export_graph(model, tmp_path / "full.onnx")
+    quantise_graph(tmp_path / "full.onnx", tmp_path / "int8.onnx")
+    weights = [
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in onnx.load(str(tmp_path / "int8.onnx")).graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) > 1
+    ]
+    assert sum(weight.size for weight in weights) > 0.8 * sum(
+        p.numel() for p in model.parameters() if p.dim() == 2
+    )
+    assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) <= 64
+
+
+# The bundle
+
+
+def test_load_model_makes_the_averaged_model(checkpoint: Path, model: AcousticModel) -> None:
+    loaded = load_model(load_checkpoint(checkpoint))
+    assert not loaded.training
+    assert all(
+        torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items()
+    )
 
 
 def test_exported_bundle_is_whole_and_can_be_used(
-    checkpoint: Path, corpus: TinyCorpus, tmp_path: Path
+    checkpoint: Path, lm: Path, corpus: TinyCorpus, tmp_path: Path
 ) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(TEXTS) + "\n")
-    build_ngram([text], tmp_path / "lm", order=2)
     notes = tmp_path / "notes.md"
     notes.write_text("## Licences\n\nTones are free.\n")
-    bundle = tmp_path / "bundles" / "tones"
+    folder = tmp_path / "bundles" / "tones"
     config = export_bundle(
-        checkpoint, bundle, name="tones", language="en", lm=tmp_path / "lm", dev=corpus.dev,
+        checkpoint,
+        folder,
+        name="hears-a",
+        language="en-GB",
+        lm=lm,
+        decoder=DecoderSettings(alpha=0.25, beta=2.0),
+        dev=corpus.dev,
         notes=notes,
-    )  # fmt: skip
-    assert load_bundle(bundle).config == config
+    )
+    bundle = load_bundle(folder)
+    assert bundle.config == config
     assert set(config.files) == {"offline.onnx", "lm/lm.binary", "lm/words.txt", "MODEL_CARD.md"}
-    assert sorted(p.name for p in bundle.parent.iterdir()) == ["tones"]
-    card = (bundle / "MODEL_CARD.md").read_text()
-    assert "Tones are free." in card
-    measured = config.provenance["measured"]
-    assert set(measured) == {"greedy", "beam", "greedy_float32"}
-    rate = f"{measured['beam']['total']['wer']:.1%}"
-    assert re.search(rf"\| all \|.*{re.escape(rate)}", card)
-    assert load_recogniser(bundle).name == "tones"
+    assert {p.name for p in folder.parent.iterdir()} == {"tones"}
+    assert (config.name, config.language, config.subsampling) == ("hears-a", "en-GB", 4)
+    assert (config.decoder.alpha, config.decoder.beta) == (0.25, 2.0)
+    assert config.features.n_mels == N_MELS
+    assert bundle.read_words() == (lm / "words.txt").read_text().split()
+    assert set(config.provenance["measured"]) == {"greedy", "beam", "greedy_float32"}
+    assert "Tones are free." in (folder / "MODEL_CARD.md").read_text()
+    assert str(tmp_path) not in (folder / "config.json").read_text()
+
+    recogniser = load_recogniser(folder)
+    (segment,) = recogniser.recognise(say("bad cab"), decoder="greedy")
+    assert segment.alternatives[0].transcript == "a"
 
 
-def test_failed_export_leaves_the_old_bundle(checkpoint: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "tones"
-    export_bundle(checkpoint, bundle, name="tones", language="en", int8=False)
-    before = {p.name: p.read_bytes() for p in bundle.iterdir()}
-    with pytest.raises(ExportError, match=r"lm\.binary is missing"):
-        export_bundle(checkpoint, bundle, name="other", language="en", lm=tmp_path / "nowhere")
-    assert {p.name: p.read_bytes() for p in bundle.iterdir()} == before
-    assert [p.name for p in tmp_path.iterdir()] == ["tones"]
-    export_bundle(checkpoint, bundle, name="other", language="en")
-    assert load_bundle(bundle).config.name == "other"
-    assert [p.name for p in tmp_path.iterdir()] == ["tones"]
+def test_model_card_names_corpora_and_figures(checkpoint: Path, tmp_path: Path) -> None:
+    rows = write_recordings(tmp_path, ["a", "a", "a", "bad"], speaker="cleo", corpus="mostly-a")
+    rows += write_recordings(tmp_path, ["cab a"], speaker="dora", corpus="cabs")
+    dev = write_manifest(tmp_path / "dev.jsonl", rows)
+    config = export_bundle(checkpoint, tmp_path / "tones", name="hears-a", language="en", dev=dev)
+    measured = config.provenance["measured"]["greedy"]
+    assert measured["corpora"]["mostly-a"]["wer"] == pytest.approx(1 / 4)
+    assert measured["corpora"]["cabs"]["wer"] == pytest.approx(1 / 2)
+    assert measured["total"]["wer"] == pytest.approx(2 / 6)
+    lines = (tmp_path / "tones" / "MODEL_CARD.md").read_text().splitlines()
+    assert lines[0] == "# hears-a"
+    assert "| mostly-a | 4 | 25.0% / 33.3% | 25.0% / 33.3% |" in lines
+    assert "| cabs | 2 | 50.0% / 80.0% | 50.0% / 80.0% |" in lines
+    assert "| all | 6 | 33.3% / 54.5% | 33.3% / 54.5% |" in lines
+    (trained,) = [line for line in lines if line.startswith("Trained with")]
+    assert "2 passes (2.0 hours" in trained
+    assert trained.endswith("on: tones, chimes.")
+
+
+def test_model_card_says_that_nothing_was_measured(checkpoint: Path, tmp_path: Path) -> None:
+    config = export_bundle(checkpoint, tmp_path / "tones", name="x", language="en", int8=False)
+    card = (tmp_path / "tones" / "MODEL_CARD.md").read_text()
+    assert "No error rate was measured" in card
+    assert "weights float32" in card
+    assert "LSTM" in card
+    assert config.provenance["measured"] == {}
+
+
+def test_bundle_without_int8_holds_the_models_own_graph(
+    checkpoint: Path, model: AcousticModel, tmp_path: Path
+) -> None:
+    for int8 in (True, False):
+        folder = tmp_path / f"int8-{int8}"
+        export_bundle(checkpoint, folder, name="x", language="en", int8=int8)
+        assert (measure_parity(model, folder / "offline.onnx").largest < 1e-4) == (not int8)
+
+
+@pytest.mark.parametrize("name", ["tones", "old", "float32.onnx"])
+def test_export_replaces_a_bundle(checkpoint: Path, tmp_path: Path, lm: Path, name: str) -> None:
+    folder = tmp_path / "bundles" / name
+    export_bundle(checkpoint, folder, name="first", language="en", int8=False, lm=lm)
+    export_bundle(checkpoint, folder, name="second", language="en", int8=False)
+    assert load_bundle(folder).config.name == "second"
+    assert set(_read(folder.parent)) == {
+        f"{name}/{file}" for file in ("config.json", "offline.onnx", "MODEL_CARD.md")
+    }
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_export_refuses_to_replace_what_is_no_bundle(
+    checkpoint: Path, tmp_path: Path, kind: str
+) -> None:
+    target = tmp_path / "runs" / "train"
+    precious = target / "last.pt" if kind == "folder" else target
+    precious.parent.mkdir(parents=True)
+    precious.write_bytes(b"weeks of training")
+    with pytest.raises(ExportError, match=str(target)):
+        export_bundle(checkpoint, target, name="x", language="en", int8=False)
+    assert precious.read_bytes() == b"weeks of training"
+
+
+@pytest.fixture
+def old(checkpoint: Path, tmp_path: Path) -> Path:
+    """A bundle that stands where the next one goes."""
+    folder = tmp_path / "bundles" / "tones"
+    export_bundle(checkpoint, folder, name="old", language="en", int8=False)
+    return folder
+
+
+@pytest.mark.parametrize("missing", ["lm.binary", "words.txt"])
+def test_missing_language_model_leaves_the_old_bundle(
+    checkpoint: Path, old: Path, lm: Path, tmp_path: Path, missing: str
+) -> None:
+    before = _read(old.parent)
+    half = tmp_path / "half"
+    half.mkdir()
+    for path in lm.iterdir():
+        if path.name != missing:
+            (half / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ExportError, match=rf"half/{missing} is missing.*voxgate lm build"):
+        export_bundle(checkpoint, old, name="new", language="en", lm=half)
+    assert _read(old.parent) == before
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_graph_that_differs_leaves_the_old_bundle(
+    checkpoint: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _read(old.parent)
+    monkeypatch.setattr(  # exports another model: a bug of the exporter
+        export_module, "export_graph", lambda _, path: export_graph(make_model(), path)
+    )
+    with pytest.raises(ExportError, match="nothing was written"):
+        export_bundle(checkpoint, old, name="new", language="en")
+    assert _read(old.parent) == before
+
+
+def test_int8_that_loses_too_much_leaves_the_old_bundle(
+    checkpoint: Path, old: Path, corpus: TinyCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _read(old.parent)
+    monkeypatch.setattr(export_module, "LARGEST_INT8_LOSS", -0.01)  # no loss is small enough
+    with pytest.raises(ExportError, match=r"int8 raises the greedy WER.*--no-int8"):
+        export_bundle(checkpoint, old, name="new", language="en", dev=corpus.dev)
+    assert _read(old.parent) == before
+    export_bundle(checkpoint, old, name="new", language="en", dev=corpus.dev, int8=False)
+    assert load_bundle(old).config.name == "new"
+
+
+def test_development_set_that_cannot_be_read_leaves_the_old_bundle(
+    checkpoint: Path, old: Path, tmp_path: Path
+) -> None:
+    before = _read(old.parent)
+    with pytest.raises(ManifestError, match=r"absent\.jsonl"):
+        export_bundle(checkpoint, old, name="new", language="en", dev=tmp_path / "absent.jsonl")
+    (tmp_path / "silent.wav").write_bytes(b"no audio")
+    dev = write_manifest(tmp_path / "dev.jsonl", [{"audio_filepath": "silent.wav", "text": "a"}])
+    with pytest.raises(ExportError, match=r"cannot be measured: silent\.wav"):
+        export_bundle(checkpoint, old, name="new", language="en", dev=dev)
+    assert _read(old.parent) == before
+
+
+def test_missing_notes_are_named(checkpoint: Path, old: Path, tmp_path: Path) -> None:
+    before = _read(old.parent)
+    with pytest.raises(ExportError, match=r"absent\.md"):
+        export_bundle(checkpoint, old, name="new", language="en", notes=tmp_path / "absent.md")
+    assert _read(old.parent) == before
+
+
+def test_missing_checkpoint_is_named(old: Path, tmp_path: Path) -> None:
+    before = _read(old.parent)
+    with pytest.raises(TrainingError, match=r"absent\.pt"):
+        export_bundle(tmp_path / "absent.pt", old, name="new", language="en")
+    assert _read(old.parent) == before
+
+
+def test_bundle_config_keeps_the_settings_of_the_run(
+    checkpoint: Path, settings: TrainingSettings, tmp_path: Path
+) -> None:
+    trained = load_checkpoint(checkpoint)
+    save_checkpoint(
+        replace(trained, progress=replace(trained.progress, epoch=9)), tmp_path / "last.pt"
+    )
+    export_bundle(tmp_path / "last.pt", tmp_path / "tones", name="x", language="en", int8=False)
+    config = json.loads((tmp_path / "tones" / "config.json").read_text())
+    assert config["features"] == settings.features.model_dump(mode="json")
+    assert config["provenance"]["model"] == settings.model.model_dump(mode="json")
+    assert config["provenance"]["n_epochs"] == 9
+    assert config["tokens"] == list(CHARACTERS)
+    assert config["phones"] == list(PHONES)

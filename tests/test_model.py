@@ -52,6 +52,20 @@ def test_forward_ignores_padding_and_strangers(
         torch.testing.assert_close(phone_logits[i, :length], phones[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
+@torch.no_grad()
+def test_forward_ignores_padding_that_is_no_number(garbage: float) -> None:
+    model = make_model()
+    utterances = _draw_utterances()
+    expected = model(_pad(utterances, n_frames=60, garbage=0.0), torch.tensor(_LENGTHS))
+    actual = model(_pad(utterances, n_frames=60, garbage=garbage), torch.tensor(_LENGTHS))
+    for i, length in enumerate(expected[2].tolist()):
+        for head in (0, 1):
+            torch.testing.assert_close(
+                actual[head][i, :length], expected[head][i, :length], atol=1e-5, rtol=0
+            )
+
+
 @torch.no_grad()
 def test_forward_depends_on_every_utterance_of_a_batch() -> None:
     model = make_model()

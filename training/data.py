@@ -11,6 +11,7 @@ import logging
 import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice, pairwise
 from pathlib import Path
@@ -273,11 +274,17 @@ class BatchStream(IterableDataset[Batch]):
         return sum(self._durations_s[i] for i in utterance_ids) / len(utterance_ids)
 
 
-def load_batches(stream: BatchStream) -> DataLoader[Batch]:
-    """Load the batches of a stream ahead of time, in one process of their own."""
-    return DataLoader(
+@contextmanager
+def load_batches(stream: BatchStream) -> Iterator[Iterator[Batch]]:
+    """Load the batches of a stream ahead of time, in a process that ends with the block."""
+    loader = DataLoader(
         stream, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_ignore_signals
     )
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        batches._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001  # no public way
 
 
 def _ignore_signals(worker: int) -> None:

@@ -158,8 +158,8 @@ def _strided_length(length: _Length, stride: int) -> _Length:
 
 def _zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
     """Zero what lies behind each sequence's length; time is axis 1 of `x`."""
-    inside = torch.arange(x.shape[1], device=x.device).unsqueeze(0) < lengths.unsqueeze(1)
-    return x * inside.reshape(inside.shape + (1,) * (x.dim() - 2)).to(x.dtype)
+    outside = torch.arange(x.shape[1], device=x.device).unsqueeze(0) >= lengths.unsqueeze(1)
+    return x.masked_fill(outside.reshape(outside.shape + (1,) * (x.dim() - 2)), 0.0)
 
 
 def _gather_frames(x: Tensor, index: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,15 +78,18 @@ def build_ngram(
     """
     if not 2 <= order <= HIGHEST_ORDER:
         raise InputError(f"order is {order}, expected 2 to {HIGHEST_ORDER}")
+    if n_words is not None and n_words < 1:
+        raise InputError(f"the word list would have {n_words} words, expected at least 1")
     lmplz, build_binary = _find_tool("lmplz"), _find_tool("build_binary")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         corpus = Path(folder) / "corpus.txt"
         counts, n_lines = _write_corpus(texts, corpus)
-        words = _choose_words(counts, n_words=n_words, min_count=min_count)
+        words = _choose_words(counts, n_words=n_words, min_count=max(min_count, prune[0] + 1))
         (Path(folder) / WORDS_NAME).write_text("\n".join(words) + "\n", encoding="utf-8")
         arpa = Path(folder) / "lm.arpa"
-        pruning = [str(n) for n in (*prune, *[prune[-1]] * order)[:order]]
+        # words are pruned by the list: lmplz would count the contexts of a word, not the word
+        pruning = ["0", *(str(n) for n in (*prune[1:], *[prune[-1]] * order)[: order - 1])]
         estimate = [lmplz, "-o", str(order), "--prune", *pruning, "-S", "2G", "-T", folder]
         estimate += ["--limit_vocab_file", f"{folder}/{WORDS_NAME}", "--discount_fallback"]
         _run([*estimate, "--text", str(corpus), "--arpa", str(arpa)])
@@ -128,7 +132,7 @@ def _read_lines(texts: Sequence[Path]) -> Iterator[str]:
         try:
             with _open_text(path) as lines:
                 yield from lines
-        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
             raise InputError(f"cannot read the text {path}: {error}") from error
 
 

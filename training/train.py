@@ -111,28 +111,29 @@ class _Run:
         )
         last_saved = time.monotonic()
         while self.progress.epoch < options.n_epochs:
-            stream = self._stream()
+            stream = self._stream(first_batch=self.progress.batch)
             n_batches = len(stream.plan())
             meter = _Meter(n_batches=n_batches, n_epochs=options.n_epochs)
-            for batch in load_batches(stream):
-                losses, norm = self._step(batch, n_batches=n_batches)
-                audio_s = float(batch.feature_lengths.sum()) * self._frame_s * self.world.size
-                self.progress = replace(
-                    self.progress,
-                    batch=self.progress.batch + 1,
-                    step=self.progress.step + 1,
-                    audio_s=self.progress.audio_s + audio_s,
-                )
-                meter.add(losses, norm=norm, audio_s=audio_s)
-                if meter.is_due() and writer is not None:
-                    self._say(meter.report(self.progress, writer))
-                if self._agreed_to_stop():
-                    self._save("last.pt")
-                    self._say(f"stopped at step {self.progress.step}; start again to go on")
-                    return self.progress
-                if time.monotonic() - last_saved > self.settings.run.checkpoint_every_s:
-                    self._save("last.pt")
-                    last_saved = time.monotonic()
+            with load_batches(stream) as batches:
+                for batch in batches:
+                    losses, norm = self._step(batch, n_batches=n_batches)
+                    audio_s = float(batch.feature_lengths.sum()) * self._frame_s * self.world.size
+                    self.progress = replace(
+                        self.progress,
+                        batch=self.progress.batch + 1,
+                        step=self.progress.step + 1,
+                        audio_s=self.progress.audio_s + audio_s,
+                    )
+                    meter.add(losses, norm=norm, audio_s=audio_s)
+                    if meter.is_due() and writer is not None:
+                        self._say(meter.report(self.progress, writer))
+                    if self._agreed_to_stop():
+                        self._save("last.pt")
+                        self._say(f"stopped at step {self.progress.step}; start again to go on")
+                        return self.progress
+                    if time.monotonic() - last_saved > self.settings.run.checkpoint_every_s:
+                        self._save("last.pt")
+                        last_saved = time.monotonic()
             self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
             if self._evaluation_is_due():
                 self._evaluate(writer)
@@ -271,7 +272,12 @@ class _Run:
         model.feature_std.copy_(std)
         initial = self.settings.run.initial_checkpoint
         if initial is not None:
-            model.load_state_dict(load_checkpoint(initial).averaged)
+            try:
+                model.load_state_dict(load_checkpoint(initial).averaged)
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"{initial} holds another model than [model] describes: {error}"
+                ) from error
         return model
 
     def _restore(self) -> Progress:
@@ -311,7 +317,7 @@ class _Run:
         )
         save_checkpoint(checkpoint, self.directory / name)
 
-    def _stream(self) -> BatchStream:
+    def _stream(self, *, first_batch: int) -> BatchStream:
         options = self.settings.optimiser
         return BatchStream(
             self.corpus.cuts,
@@ -320,14 +326,14 @@ class _Run:
             batch_s=options.batch_s,
             seed=self.settings.run.seed,
             epoch=self.progress.epoch,
-            first_batch=self.progress.batch,
+            first_batch=first_batch,
             shortest_first=self.progress.epoch < options.n_sorted_epochs,
             rank=self.world.rank,
             world_size=self.world.size,
         )
 
     def _choose_precision(self) -> torch.dtype:
-        batch = next(iter(self._stream()))
+        batch = next(iter(self._stream(first_batch=0)))
         self.model.train()
 
         def step(dtype: torch.dtype) -> None:
@@ -374,8 +380,9 @@ class _Meter:
     def add(self, losses: Losses, *, norm: float, audio_s: float) -> None:
         self._n_steps += 1
         self._audio_s += audio_s
-        self._sums["loss/token"] += float(losses.token_nll / losses.n_tokens.clamp(min=1))
-        self._sums["loss/phone"] += float(losses.phone_nll / losses.n_phones.clamp(min=1))
+        token_nll, phone_nll = losses.token_nll.detach(), losses.phone_nll.detach()
+        self._sums["loss/token"] += float(token_nll / losses.n_tokens.clamp(min=1))
+        self._sums["loss/phone"] += float(phone_nll / losses.n_phones.clamp(min=1))
         self._sums["blank"] += float(losses.blank_share)
         self._sums["gradient norm"] += norm
 
