@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Final
@@ -65,11 +66,15 @@ def quantise_graph(source: Path, target: Path) -> None:
     Weights keep 7 bits: processors without VNNI add pairs of products in 16 bits, which 8-bit
     weights would overflow.
     """
-    quantize_dynamic(
-        str(source),
-        str(target),
-        op_types_to_quantize=["LSTM", "MatMul", "Gemm"],
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        reduce_range=True,
-    )
+    logging.disable(logging.WARNING)  # it recommends steps that bring nothing here
+    try:
+        quantize_dynamic(
+            str(source),
+            str(target),
+            op_types_to_quantize=["LSTM", "MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            reduce_range=True,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
