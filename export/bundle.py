@@ -225,4 +225,9 @@ def _put_in_place(work: Path, folder: Path) -> None:
     old = work.parent / "old"
     if folder.exists():
         folder.rename(old)
-    work.rename(folder)
+    try:
+        work.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise

@@ -276,22 +276,21 @@ class BatchStream(IterableDataset[Batch]):
 
 @contextmanager
 def load_batches(stream: BatchStream) -> Iterator[Iterator[Batch]]:
-    """Load the batches of a stream ahead of time, in a process that ends with the block."""
-    loader = DataLoader(
-        stream, batch_size=None, num_workers=1, prefetch_factor=8, worker_init_fn=_ignore_signals
-    )
-    batches = iter(loader)
+    """Load the batches of a stream ahead of time, in a process that ends with the block.
+
+    The process is started with the stop signals blocked: it is for the training process to stop
+    it, after its checkpoint, also when a signal goes to all processes of the run.
+    """
+    loader = DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield batches
     finally:
         batches._shutdown_workers()  # type: ignore[attr-defined]  # noqa: SLF001  # no public way
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leave it to the training process to stop its loader: it first makes its checkpoint."""
-    del worker
-    for sign in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sign, signal.SIG_IGN)
 
 
 def collate(

@@ -60,13 +60,15 @@ def join_world() -> Iterator[World]:
     """Join the processes that torchrun started, or be alone; leave them at the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    has_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_gpu else None
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     if size == 1:
-        yield World(rank=0, size=1, device=device or torch.device("cpu"))
+        yield World(rank=0, size=1, device=device)
         return
-    dist.init_process_group("nccl" if has_gpu else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(rank=rank, size=size, device=device or torch.device("cpu"))
+        yield World(rank=rank, size=size, device=device)
     finally:
         dist.destroy_process_group()

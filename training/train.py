@@ -352,7 +352,8 @@ class _Run:
         """Whether any process was asked to stop; all must stop at the same step."""
         if self.world.size == 1:
             return self.stop.is_set()
-        return bool(self.world.sum(torch.tensor(float(self.stop.is_set()))) > 0)
+        asked = torch.tensor(float(self.stop.is_set()), device=self.world.device)
+        return bool(self.world.sum(asked) > 0)
 
     def _say(self, message: str) -> None:
         if self.world.is_main:
