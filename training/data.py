@@ -7,7 +7,6 @@ with exactly the batches it would have seen.
 
 from __future__ import annotations
 
-import logging
 import random
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,8 +32,6 @@ from service.text import encode, normalise
 from training.feature_store import FeatureStore
 from training.lexicon import pronounce, unknown_words
 from training.model import output_lengths
-
-logger = logging.getLogger(__name__)
 
 _N_BUCKETS: Final = 30
 _FEWEST_BUCKETED: Final = 10 * _N_BUCKETS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor
 from datetime import timedelta
@@ -19,8 +18,6 @@ from service.pb.voxgate.v1 import speech_pb2 as pb
 from service.pb.voxgate.v1 import speech_pb2_grpc
 from service.recogniser import Alternative, DecoderName, Recogniser, Segment, TimedWord
 from service.session import Result, Session
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
