@@ -12,11 +12,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from export.graph import export_graph, quantise_graph
+from export.graph import export_graph, export_streaming_graph, quantise_graph
 from export.model_card import write_model_card
-from export.parity import check_parity, measure_parity
+from export.parity import (
+    check_parity,
+    check_streaming_parity,
+    measure_parity,
+    measure_streaming_parity,
+)
 from service.bundle import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -24,21 +30,29 @@ from service.bundle import (
     LM_WORDS,
     MODEL_CARD,
     OFFLINE_GRAPH,
+    STREAMING_GRAPH,
     BundleConfig,
     DecoderSettings,
+    Profile,
+    Survival,
     hash_file,
 )
-from service.engine import OnnxEngine
+from service.engine import OnnxEngine, OnnxStreamingEngine
 from service.errors import ExportError
 from service.evaluation import evaluate
 from service.features import FeatureSettings
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
 from training.checkpoint import Checkpoint, load_checkpoint
-from training.model import AcousticModel
+from training.model import AcousticModel, Chunking
 from training.ngram import BINARY_NAME, WORDS_NAME
 
 logger = logging.getLogger(__name__)
+
+_PROFILES_MS: Final = {"fast": (320, 320), "balanced": (640, 320)}
+"""Chunk and right context of each streaming profile, milliseconds."""
+
+_FULL_STREAMING_GRAPH: Final = "float32-streaming.onnx"
 
 LARGEST_INT8_LOSS: Final = 0.003
 """Most that greedy WER on the development set may rise by int8, as a fraction."""
@@ -52,6 +66,7 @@ def export_bundle(
     language: str,
     lm: Path | None = None,
     decoder: DecoderSettings | None = None,
+    survival: Path | None = None,
     dev: Path | None = None,
     notes: Path | None = None,
     int8: bool = True,
@@ -65,6 +80,7 @@ def export_bundle(
         language: BCP-47 tag.
         lm: folder that `voxgate lm build` wrote; None makes a bundle without a language model.
         decoder: defaults of the beam search.
+        survival: calibration of interim results that `benchmarks/fit_stability.py` wrote.
         dev: manifest on which the finished bundle is measured, and int8 held against float32.
         notes: Markdown on data and licences for the model card.
         int8: whether to quantise the graph.
@@ -75,6 +91,7 @@ def export_bundle(
     """
     _refuse_to_replace(folder)
     note_text = _read_notes(notes)
+    calibration = _read_survival(survival)
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,15 +99,7 @@ def export_bundle(
         work = Path(temporary) / "new"
         work.mkdir()
         full_graph = Path(temporary) / "float32.onnx"
-        export_graph(model, full_graph)
-        parity = check_parity(model, full_graph)
-        logger.info("float32 graph equals the model: largest difference %.1e", parity.largest)
-        if int8:
-            quantise_graph(full_graph, work / OFFLINE_GRAPH)
-            loss = measure_parity(model, work / OFFLINE_GRAPH)
-            logger.info("int8 graph: mean difference of a probability %.1e", loss.mean)
-        else:
-            shutil.copy(full_graph, work / OFFLINE_GRAPH)
+        _write_graphs(model, full_graph, work, int8=int8)
         if lm is not None:
             _copy_lm(lm, work)
         describe = functools.partial(
@@ -99,7 +108,9 @@ def export_bundle(
             checkpoint,
             name=name,
             language=language,
+            profiles=make_profiles(model, hop_ms=checkpoint.settings["features"]["hop_ms"]),
             decoder=decoder or DecoderSettings(),
+            survival=calibration,
             notes=note_text,
             int8=int8,
         )
@@ -121,6 +132,50 @@ def load_model(checkpoint: Checkpoint) -> AcousticModel:
     )
     model.load_state_dict(checkpoint.averaged)
     return model.eval()
+
+
+def make_profiles(model: AcousticModel, *, hop_ms: float = 10.0) -> dict[str, Profile]:
+    """The streaming profiles of a model: of these times or a little less at every subsampling."""
+    frame_ms = model.convolutions.subsampling * hop_ms
+    profiles = {}
+    for name, (chunk_ms, right_ms) in _PROFILES_MS.items():
+        chunking = Chunking(int(chunk_ms / frame_ms), int(right_ms / frame_ms))
+        profiles[name] = Profile(
+            chunk_frames=chunking.n_chunk,
+            right_frames=chunking.n_right if model.bidirectional else 0,
+            window_feature_frames=model.window_frames(chunking),
+        )
+    return profiles
+
+
+def _write_graphs(model: AcousticModel, full_graph: Path, work: Path, *, int8: bool) -> None:
+    """Write both graphs into the bundle, and the float32 one with full context to `full_graph`."""
+    streaming_graph = full_graph.with_name(_FULL_STREAMING_GRAPH)
+    export_graph(model, full_graph)
+    export_streaming_graph(model, streaming_graph)
+    parity = check_parity(model, full_graph)
+    logger.info("float32 graph equals the model: largest difference %.1e", parity.largest)
+    parity = check_streaming_parity(model, streaming_graph)
+    logger.info("float32 streaming graph equals it too: largest difference %.1e", parity.largest)
+    for source, name in ((full_graph, OFFLINE_GRAPH), (streaming_graph, STREAMING_GRAPH)):
+        if int8:
+            quantise_graph(source, work / name)
+        else:
+            shutil.copy(source, work / name)
+    if int8:
+        loss = measure_parity(model, work / OFFLINE_GRAPH)
+        logger.info("int8 graph: mean difference of a probability %.1e", loss.mean)
+        loss = measure_streaming_parity(model, work / STREAMING_GRAPH)
+        logger.info("int8 streaming graph: mean difference of a probability %.1e", loss.mean)
+
+
+def _read_survival(path: Path | None) -> dict[str, Survival]:
+    if path is None:
+        return {}
+    try:
+        return TypeAdapter(dict[str, Survival]).validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ExportError(f"cannot read the calibration {path}: {error}") from error
 
 
 def _refuse_to_replace(folder: Path) -> None:
@@ -155,7 +210,9 @@ def _write_description(
     *,
     name: str,
     language: str,
+    profiles: Mapping[str, Profile],
     decoder: DecoderSettings,
+    survival: Mapping[str, Survival],
     notes: str,
     int8: bool,
     measured: Mapping[str, Any],
@@ -180,7 +237,9 @@ def _write_description(
         tokens=tuple(checkpoint.tokens),
         phones=tuple(checkpoint.phones),
         subsampling=checkpoint.settings["model"]["subsampling"],
+        profiles=profiles,
         decoder=decoder,
+        survival=survival,
         files={p.relative_to(work).as_posix(): hash_file(p) for p in paths},
         provenance=provenance,
     )
@@ -194,29 +253,47 @@ def _measure(
 ) -> dict[str, Any]:
     """Error rates of the new bundle by decoder and corpus, and what int8 costs."""
     recogniser = load_recogniser(work)
-    measured = {"greedy": _evaluate(recogniser, dev, "greedy")}
-    if has_lm:
-        measured["beam"] = _evaluate(recogniser, dev, "beam")
-    if int8:
-        exact = replace(recogniser, engine=OnnxEngine(full_graph))
-        measured["greedy_float32"] = _evaluate(exact, dev, "greedy")
-        loss = measured["greedy"]["total"]["wer"] - measured["greedy_float32"]["total"]["wer"]
-        if loss > LARGEST_INT8_LOSS:
-            raise ExportError(
-                f"int8 raises the greedy WER on {dev} by {loss:.2%}, at most "
-                f"{LARGEST_INT8_LOSS:.1%} is allowed; nothing was written: export with --no-int8"
-            )
+    measured: dict[str, Any] = {}
+    exact = replace(
+        recogniser,
+        engine=OnnxEngine(full_graph),
+        streaming_engine=OnnxStreamingEngine(full_graph.with_name(_FULL_STREAMING_GRAPH)),
+    )
+    for profile in (None, *recogniser.profiles):
+        name = "" if profile is None else f"{profile} "
+        measured[f"{name}greedy"] = _evaluate(recogniser, dev, "greedy", profile)
+        if has_lm:
+            measured[f"{name}beam"] = _evaluate(recogniser, dev, "beam", profile)
+        if int8:
+            measured[f"{name}greedy_float32"] = _evaluate(exact, dev, "greedy", profile)
+            _refuse_int8_loss(measured, name, dev)
     return measured
 
 
-def _evaluate(recogniser: Recogniser, dev: Path, decoder: DecoderName) -> dict[str, Any]:
+def _refuse_int8_loss(measured: Mapping[str, Any], name: str, dev: Path) -> None:
+    int8, exact = (
+        measured[f"{name}{kind}"]["total"]["wer"] for kind in ("greedy", "greedy_float32")
+    )
+    if int8 - exact > LARGEST_INT8_LOSS:
+        raise ExportError(
+            f"int8 raises the {name}greedy WER on {dev} by {int8 - exact:.2%}, at most "
+            f"{LARGEST_INT8_LOSS:.1%} is allowed; nothing was written: export with --no-int8"
+        )
+
+
+def _evaluate(
+    recogniser: Recogniser, dev: Path, decoder: DecoderName, profile: str | None = None
+) -> dict[str, Any]:
     utterances = read_manifest(dev)
-    with tqdm(total=len(utterances), desc=f"measuring {decoder}", unit="utterance") as bar:
-        evaluation = evaluate(recogniser, utterances, decoder=decoder, on_done=bar.update)
+    name = f"{profile or 'full context'}, {decoder}"
+    with tqdm(total=len(utterances), desc=f"measuring {name}", unit="utterance") as bar:
+        evaluation = evaluate(
+            recogniser, utterances, decoder=decoder, profile=profile, on_done=bar.update
+        )
     if evaluation.failures:
         raise ExportError(f"the development set cannot be measured: {evaluation.failures[0]}")
     measured = evaluation.as_json()
-    logger.info("%s: WER %.1f %%", decoder, 100 * measured["total"]["wer"])
+    logger.info("%s: WER %.1f %%", name, 100 * measured["total"]["wer"])
     return {"total": measured["total"], "corpora": measured["corpora"]}
 
 

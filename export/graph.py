@@ -12,11 +12,13 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
-from service.engine import INPUTS, OUTPUTS
-from training.model import AcousticModel
+from service.engine import INPUTS, OUTPUTS, STREAMING_INPUTS, STREAMING_OUTPUTS
+from training.model import AcousticModel, Chunking, StreamState
 
 _OPSET: Final = 17
 _EXAMPLE_FRAMES: Final = 200
+_EXAMPLE_CHUNK: Final = 5
+_EXAMPLE_RIGHT: Final = 3
 
 
 class ServedModel(nn.Module):
@@ -32,28 +34,67 @@ class ServedModel(nn.Module):
         return token_logits.log_softmax(-1), phone_logits.log_softmax(-1), lengths
 
 
+class StreamedModel(nn.Module):
+    """What is exported for streams: one window, and the states before and after it."""
+
+    def __init__(self, model: AcousticModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, features: Tensor, feature_lengths: Tensor, n_chunk: Tensor, *states: Tensor
+    ) -> tuple[Tensor, ...]:
+        """A window to log_probs of both heads, lengths and states; see `forward_window`."""
+        token_logits, phone_logits, lengths, after = self.model.forward_window(
+            features, feature_lengths, n_chunk, StreamState(*states)
+        )
+        return token_logits.log_softmax(-1), phone_logits.log_softmax(-1), lengths, *after
+
+
 def export_graph(model: AcousticModel, path: Path) -> None:
-    """Write the float32 graph with free batch and time axes (the TorchScript path)."""
-    n_mels = len(model.feature_mean)
-    features = torch.zeros(2, _EXAMPLE_FRAMES, n_mels)
+    """Write the float32 graph of the full-context model, batch and time free."""
+    features = torch.zeros(2, _EXAMPLE_FRAMES, len(model.feature_mean))
     feature_lengths = torch.tensor([_EXAMPLE_FRAMES, _EXAMPLE_FRAMES // 2])
-    free = {0: "batch", 1: "time"}
-    free_frames = {0: "batch", 1: "frames"}
+    _export(ServedModel(model), (features, feature_lengths), path, inputs=INPUTS, outputs=OUTPUTS)
+
+
+def export_streaming_graph(model: AcousticModel, path: Path) -> None:
+    """Write the float32 graph of one window; batch, time and the chunk's length are free."""
+    n_chunk = torch.tensor(_EXAMPLE_CHUNK)
+    n_frames = model.window_frames(Chunking(_EXAMPLE_CHUNK, _EXAMPLE_RIGHT))
+    features = torch.zeros(2, n_frames, len(model.feature_mean))
+    feature_lengths = torch.tensor([n_frames, n_frames // 2])
+    _export(
+        StreamedModel(model),
+        (features, feature_lengths, n_chunk, *model.initial_state(2)),
+        path,
+        inputs=STREAMING_INPUTS,
+        outputs=STREAMING_OUTPUTS,
+    )
+
+
+def _export(
+    module: nn.Module,
+    example: tuple[Tensor, ...],
+    path: Path,
+    *,
+    inputs: tuple[str, ...],
+    outputs: tuple[str, ...],
+) -> None:
+    """Trace and write a graph (the TorchScript path)."""
+    free = {name: {0: "batch"} for name in (*inputs, *outputs) if name != "n_chunk_frames"}
+    free["features"][1] = "time"
+    for name in OUTPUTS[:2]:
+        free[name][1] = "frames"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter warns of its own age and of free batches
         torch.onnx.export(
-            ServedModel(model).eval(),
-            (features, feature_lengths),
+            module.eval(),
+            example,
             str(path),
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            dynamic_axes={
-                INPUTS[0]: free,
-                INPUTS[1]: {0: "batch"},
-                OUTPUTS[0]: free_frames,
-                OUTPUTS[1]: free_frames,
-                OUTPUTS[2]: {0: "batch"},
-            },
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_axes=free,
             opset_version=_OPSET,
             dynamo=False,
         )
@@ -66,10 +107,12 @@ def quantise_graph(source: Path, target: Path) -> None:
     Weights keep 7 bits: processors without VNNI add pairs of products in 16 bits, which 8-bit
     weights would overflow.
     """
+    graph = onnx.load(str(source))
+    _separate_weights(graph)  # the quantiser leaves out the second user of a weight
     logging.disable(logging.WARNING)  # it recommends steps that bring nothing here
     try:
         quantize_dynamic(
-            str(source),
+            graph,
             str(target),
             op_types_to_quantize=["LSTM", "MatMul", "Gemm"],
             weight_type=QuantType.QInt8,
@@ -78,3 +121,38 @@ def quantise_graph(source: Path, target: Path) -> None:
         )
     finally:
         logging.disable(logging.NOTSET)
+    quantised = onnx.load(str(target))
+    _share_weights(quantised)
+    onnx.save(quantised, str(target))
+
+
+def _separate_weights(graph: onnx.ModelProto) -> None:
+    """Replace the Identity operators by which the exporter shares weights by copies of them."""
+    weights = {tensor.name: tensor for tensor in graph.graph.initializer}
+    nodes = list(graph.graph.node)
+    del graph.graph.node[:]
+    for node in nodes:
+        if node.op_type == "Identity" and node.input[0] in weights:
+            copy = graph.graph.initializer.add()
+            copy.CopyFrom(weights[node.input[0]])
+            copy.name = node.output[0]
+        else:
+            graph.graph.node.append(node)
+
+
+def _share_weights(graph: onnx.ModelProto) -> None:
+    """Keep one of several equal weights."""
+    first: dict[bytes, str] = {}
+    kept, renamed = [], {}
+    for tensor in graph.graph.initializer:
+        unnamed = onnx.TensorProto()
+        unnamed.CopyFrom(tensor)
+        unnamed.name = ""
+        name = first.setdefault(unnamed.SerializeToString(), tensor.name)
+        renamed[tensor.name] = name
+        if name == tensor.name:
+            kept.append(tensor)
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(kept)
+    for node in graph.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]

@@ -35,29 +35,24 @@ def write_model_card(*, name: str, language: str, provenance: Mapping[str, Any],
 def _describe_measured(measured: Mapping[str, Any]) -> str:
     if not measured:
         return "No error rate was measured when this bundle was written."
-    decoders = list(measured)
-    corpora = sorted(measured[decoders[0]]["corpora"])
-    header = "| development set | words | " + " | ".join(f"{d} WER / CER" for d in decoders) + " |"
-    rows = [
-        _describe_row(corpus, [measured[d]["corpora"][corpus] for d in decoders])
-        for corpus in corpora
-    ]
-    rows.append(_describe_row("all", [measured[d]["total"] for d in decoders]))
+    first = next(iter(measured.values()))
+    corpora = sorted(first["corpora"])
+    words = [f"{first['corpora'][c]['n_words']:,} words" for c in corpora]
+    header = ["reading", *corpora, "all"]
+    rows = [["", *words, f"{first['total']['n_words']:,} words"]]
+    for name, figures in measured.items():
+        counts = [*(figures["corpora"][corpus] for corpus in corpora), figures["total"]]
+        rows.append([name, *(f"{c['wer']:.1%} / {c['cer']:.1%}" for c in counts)])
     return "\n".join(
         [
             "## Error rates",
             "",
-            "Development set; its speakers are not in the training set. `beam` is the search with "
-            "the bundle's language model at its default settings, `greedy_float32` the graph "
-            "before quantisation.",
+            "WER / CER on the development set; its speakers are not in the training set. `beam` is "
+            "the search with the bundle's language model at its default settings, "
+            "`greedy_float32` the graph before quantisation; a profile's name stands for the first "
+            "pass of a stream alone, no name for reading with full context, as the second pass "
+            "does.",
             "",
-            header,
-            "| --- " * (len(decoders) + 2) + "|",
-            *rows,
+            *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)),
         ]
     )
-
-
-def _describe_row(name: str, counts: list[Mapping[str, Any]]) -> str:
-    cells = " | ".join(f"{c['wer']:.1%} / {c['cer']:.1%}" for c in counts)
-    return f"| {name} | {counts[0]['n_words']:,} | {cells} |"

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import onnxruntime
 import torch
 
-from export.graph import ServedModel
-from service.engine import INPUTS, OUTPUTS
+from service.engine import INPUTS, OUTPUTS, STREAMING_INPUTS, STREAMING_OUTPUTS
 from service.errors import ExportError
-from training.model import AcousticModel, output_lengths
+from training.model import AcousticModel, Chunking, output_lengths
 
 LARGEST_DIFFERENCE: Final = 1e-4
 """Largest difference of a log probability between torch and a float32 graph."""
 _BATCHES: Final = ((1, 1), (1, 7), (1, 100), (1, 1733), (3, 250), (8, 96))
 """(utterances, longest in feature frames) of the batches compared."""
+_CHUNKINGS: Final = (Chunking(8, 8), Chunking(16, 8), Chunking(5, 3))
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,42 @@ def check_parity(model: AcousticModel, graph: Path) -> Parity:
     Raises:
         ExportError: they differ by more than `LARGEST_DIFFERENCE`.
     """
-    parity = measure_parity(model, graph)
+    return _refuse_difference(measure_parity(model, graph))
+
+
+def check_streaming_parity(model: AcousticModel, graph: Path) -> Parity:
+    """Compare a float32 streaming graph with torch reading whole utterances window by window.
+
+    Raises:
+        ExportError: they differ by more than `LARGEST_DIFFERENCE`.
+    """
+    return _refuse_difference(measure_streaming_parity(model, graph))
+
+
+def measure_parity(model: AcousticModel, graph: Path) -> Parity:
+    """Differences of both heads between a graph and torch, over lengths and batch sizes."""
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    differences = _Differences()
+    for features, feature_lengths in _make_batches(len(model.feature_mean)):
+        inputs = dict(zip(INPUTS, (features.numpy(), feature_lengths.numpy()), strict=True))
+        actual = [torch.from_numpy(head) for head in session.run(list(OUTPUTS[:2]), inputs)]
+        differences.add(model, features, feature_lengths, None, actual)
+    return differences.pool()
+
+
+def measure_streaming_parity(model: AcousticModel, graph: Path) -> Parity:
+    """Differences of both heads between stepping a streaming graph and torch, over chunkings."""
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    differences = _Differences()
+    for (features, feature_lengths), chunking in zip(
+        _make_batches(len(model.feature_mean)), cycle(_CHUNKINGS), strict=False
+    ):
+        actual = _step_through(session, model, features, feature_lengths, chunking)
+        differences.add(model, features, feature_lengths, chunking, actual)
+    return differences.pool()
+
+
+def _refuse_difference(parity: Parity) -> Parity:
     if not parity.largest <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"the exported graph differs from the model by {parity.largest:.2g} in log "
@@ -46,24 +83,65 @@ def check_parity(model: AcousticModel, graph: Path) -> Parity:
     return parity
 
 
-def measure_parity(model: AcousticModel, graph: Path) -> Parity:
-    """Differences of both heads between a graph and torch, over lengths and batch sizes."""
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    served = ServedModel(model).eval()
-    largest, differences = [], []
-    for features, feature_lengths in _make_batches(len(model.feature_mean)):
+class _Differences:
+    """Collects how far a graph is from the model."""
+
+    def __init__(self) -> None:
+        self._largest: list[torch.Tensor] = []
+        self._means: list[torch.Tensor] = []
+
+    def add(
+        self,
+        model: AcousticModel,
+        features: torch.Tensor,
+        feature_lengths: torch.Tensor,
+        chunking: Chunking | None,
+        actual_heads: Sequence[torch.Tensor],
+    ) -> None:
+        """Compare both heads, log_probs (batch, frames, unit), on one batch."""
         with torch.no_grad():
-            *expected_heads, lengths = served(features, feature_lengths)
-        inputs = dict(zip(INPUTS, (features.numpy(), feature_lengths.numpy()), strict=True))
-        actual_heads = map(torch.from_numpy, session.run(list(OUTPUTS[:2]), inputs))
+            *expected_heads, lengths = model(features, feature_lengths, chunking)
         inside = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        for expected, actual in zip(expected_heads, actual_heads, strict=True):
-            largest.append((actual - expected)[inside].abs().max())
-            differences.append((actual.exp() - expected.exp())[inside].abs().mean())
-    return Parity(
-        largest=float(torch.stack(largest).max()),  # not a number if any of them is not
-        mean=float(torch.stack(differences).mean()),
-    )
+        for logits, actual in zip(expected_heads, actual_heads, strict=True):
+            expected = logits.log_softmax(-1)[inside]
+            self._largest.append((actual[inside] - expected).abs().max())
+            self._means.append((actual[inside].exp() - expected.exp()).abs().mean())
+
+    def pool(self) -> Parity:
+        """The largest and the mean over all batches."""
+        return Parity(
+            largest=float(torch.stack(self._largest).max()),  # not a number if any of them is not
+            mean=float(torch.stack(self._means).mean()),
+        )
+
+
+def _step_through(
+    session: onnxruntime.InferenceSession,
+    model: AcousticModel,
+    features: torch.Tensor,
+    feature_lengths: torch.Tensor,
+    chunking: Chunking,
+) -> list[torch.Tensor]:
+    """Feed a batch of streams window by window; log_probs of both heads, (batch, frames, unit)."""
+    n_window = model.window_frames(chunking)
+    n_step = chunking.n_chunk * model.convolutions.subsampling
+    padded = torch.nn.functional.pad(features, (0, 0, 0, n_window)).numpy()
+    n_chunk = np.array(chunking.n_chunk, np.int64)
+    states = [state.numpy() for state in model.initial_state(len(features))]
+    chunks: list[list[torch.Tensor]] = [[], []]
+    for first in range(0, features.shape[1], n_step):
+        window = padded[:, first : first + n_window]
+        lengths = (feature_lengths - first).clamp(1, n_window).numpy()
+        values = (window, lengths, n_chunk, *states)
+        inputs = dict(zip(STREAMING_INPUTS, values, strict=True))
+        tokens, phones, _, *states = session.run(list(STREAMING_OUTPUTS), inputs)
+        for head, log_probs in zip(chunks, (tokens, phones), strict=True):
+            head.append(torch.from_numpy(log_probs[:, : chunking.n_chunk]))
+    return [torch.cat(head, 1)[:, : _longest(feature_lengths, model)] for head in chunks]
+
+
+def _longest(feature_lengths: torch.Tensor, model: AcousticModel) -> int:
+    return int(output_lengths(feature_lengths, model.convolutions.subsampling).max())
 
 
 def _make_batches(n_mels: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -26,11 +26,15 @@ from tiny import (
 )
 
 from export import bundle as export_module
-from export.bundle import export_bundle, load_model
-from export.graph import ServedModel, export_graph, quantise_graph
-from export.parity import check_parity, measure_parity
-from service.bundle import DecoderSettings, load_bundle
-from service.engine import OnnxEngine
+from export.bundle import export_bundle, load_model, make_profiles
+from export.graph import ServedModel, export_graph, export_streaming_graph, quantise_graph
+from export.parity import (
+    check_parity,
+    check_streaming_parity,
+    measure_parity,
+    measure_streaming_parity,
+)
+from service.bundle import DecoderSettings, Profile, Survival, load_bundle
 from service.errors import ExportError, ManifestError, TrainingError
 from service.recogniser import load_recogniser
 from service.text import CHARACTERS
@@ -129,20 +133,11 @@ def test_graph_equals_model_for_any_length_and_batch(
                 np.testing.assert_allclose(total, 1.0, atol=1e-4)
 
 
-def test_engine_gives_the_token_head(tmp_path: Path) -> None:
-    model = make_model()
-    export_graph(model, tmp_path / "graph.onnx")
-    features = torch.randn(2, 60, N_MELS, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        expected, _, _ = ServedModel(model).eval()(features, torch.tensor([60, 60]))
-    actual = OnnxEngine(tmp_path / "graph.onnx").log_probs(features.numpy(), np.array([60, 60]))
-    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
-
-
 def test_export_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = make_model(dropout=0.5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     export_graph(model, tmp_path / "graph.onnx")
+    export_streaming_graph(model, tmp_path / "streaming.onnx")
     assert not model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -200,6 +195,92 @@ def test_int8_weights_keep_seven_bits(tmp_path: Path) -> None:
     assert max(int(np.abs(weight.astype(int)).max()) for weight in weights) <= 64
 
 
+# The streaming graph
+
+
+@pytest.fixture(scope="module")
+def streaming_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The streaming graph of `make_model()`."""
+    path = tmp_path_factory.mktemp("graph") / "streaming.onnx"
+    export_streaming_graph(make_model(), path)
+    return path
+
+
+def test_streaming_parity_check_accepts_the_models_own_graph(streaming_graph: Path) -> None:
+    assert check_streaming_parity(make_model(), streaming_graph).largest < 1e-4
+
+
+@pytest.mark.parametrize("subsampling", [2, 3])
+def test_streaming_parity_check_accepts_every_subsampling(tmp_path: Path, subsampling: int) -> None:
+    model = make_model(cell="rnn", bidirectional=False, subsampling=subsampling)
+    export_streaming_graph(model, tmp_path / "streaming.onnx")
+    assert check_streaming_parity(model, tmp_path / "streaming.onnx").largest < 1e-4
+
+
+def test_streaming_parity_check_finds_one_other_weight(streaming_graph: Path) -> None:
+    with (
+        one_weight_changed(make_model()) as model,
+        pytest.raises(ExportError, match="nothing was written"),
+    ):
+        check_streaming_parity(model, streaming_graph)
+
+
+def test_streaming_parity_check_finds_another_model(streaming_graph: Path) -> None:
+    with pytest.raises(ExportError, match="differs from the model"):
+        check_streaming_parity(make_model(seed=2), streaming_graph)
+
+
+@pytest.mark.parametrize(
+    "part", ["phone_head.bias", "layers.1.ahead.bias_hh_l0", "layers.0.back.bias_hh_l0"]
+)
+def test_streaming_parity_check_finds_another_part(streaming_graph: Path, part: str) -> None:
+    model = make_model()
+    model.get_parameter(part).data[3] += 1.0
+    with pytest.raises(ExportError, match="differs from the model"):
+        check_streaming_parity(model, streaming_graph)
+
+
+def test_streaming_parity_check_refuses_what_is_not_a_number(tmp_path: Path) -> None:
+    broken = make_model()
+    broken.token_head.bias.data[3] = float("nan")
+    export_streaming_graph(broken, tmp_path / "streaming.onnx")
+    with pytest.raises(ExportError, match="differs from the model"):
+        check_streaming_parity(make_model(), tmp_path / "streaming.onnx")
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_int8_streaming_graph_is_smaller_and_close(tmp_path: Path, bidirectional: bool) -> None:
+    model = make_model(hidden_size=64, bidirectional=bidirectional)
+    export_streaming_graph(model, tmp_path / "full.onnx")
+    quantise_graph(tmp_path / "full.onnx", tmp_path / "int8.onnx")
+    sizes = [(tmp_path / name).stat().st_size for name in ("full.onnx", "int8.onnx")]
+    assert sizes[1] < sizes[0] / 2
+    assert 0 < measure_streaming_parity(model, tmp_path / "int8.onnx").mean < 0.002
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_int8_graphs_quantise_every_lstm_operator(tmp_path: Path, bidirectional: bool) -> None:
+    model = make_model(hidden_size=64, bidirectional=bidirectional)
+    for export in (export_graph, export_streaming_graph):
+        export(model, tmp_path / "full.onnx")
+        quantise_graph(tmp_path / "full.onnx", tmp_path / "int8.onnx")
+        before, after = (
+            [node.op_type for node in onnx.load(str(tmp_path / name)).graph.node]
+            for name in ("full.onnx", "int8.onnx")
+        )
+        assert before.count("LSTM") >= 2
+        assert "LSTM" not in after
+        assert after.count("DynamicQuantizeLSTM") == before.count("LSTM")
+
+
+def test_int8_streaming_graph_keeps_each_weight_once(tmp_path: Path) -> None:
+    for name, export in (("offline", export_graph), ("streaming", export_streaming_graph)):
+        export(make_model(hidden_size=64), tmp_path / "full.onnx")
+        quantise_graph(tmp_path / "full.onnx", tmp_path / f"{name}.onnx")
+    sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in ("offline", "streaming")]
+    assert sizes[1] < 1.2 * sizes[0]  # the forward direction has two operators there
+
+
 # The bundle
 
 
@@ -229,13 +310,24 @@ def test_exported_bundle_is_whole_and_can_be_used(
     )
     bundle = load_bundle(folder)
     assert bundle.config == config
-    assert set(config.files) == {"offline.onnx", "lm/lm.binary", "lm/words.txt", "MODEL_CARD.md"}
+    assert set(config.files) == {
+        "offline.onnx",
+        "streaming.onnx",
+        "lm/lm.binary",
+        "lm/words.txt",
+        "MODEL_CARD.md",
+    }
     assert {p.name for p in folder.parent.iterdir()} == {"tones"}
     assert (config.name, config.language, config.subsampling) == ("hears-a", "en-GB", 4)
     assert (config.decoder.alpha, config.decoder.beta) == (0.25, 2.0)
     assert config.features.n_mels == N_MELS
     assert bundle.read_words() == (lm / "words.txt").read_text().split()
-    assert set(config.provenance["measured"]) == {"greedy", "beam", "greedy_float32"}
+    assert set(config.profiles) == {"fast", "balanced"}
+    assert set(config.provenance["measured"]) == {
+        f"{profile}{kind}"
+        for profile in ("", "fast ", "balanced ")
+        for kind in ("greedy", "beam", "greedy_float32")
+    }
     assert "Tones are free." in (folder / "MODEL_CARD.md").read_text()
     assert str(tmp_path) not in (folder / "config.json").read_text()
 
@@ -255,9 +347,12 @@ def test_model_card_names_corpora_and_figures(checkpoint: Path, tmp_path: Path) 
     assert measured["total"]["wer"] == pytest.approx(2 / 6)
     lines = (tmp_path / "tones" / "MODEL_CARD.md").read_text().splitlines()
     assert lines[0] == "# hears-a"
-    assert "| mostly-a | 4 | 25.0% / 33.3% | 25.0% / 33.3% |" in lines
-    assert "| cabs | 2 | 50.0% / 80.0% | 50.0% / 80.0% |" in lines
-    assert "| all | 6 | 33.3% / 54.5% | 33.3% / 54.5% |" in lines
+    assert "| reading | cabs | mostly-a | all |" in lines
+    assert "|  | 2 words | 4 words | 6 words |" in lines
+    for profile in ("", "fast ", "balanced "):
+        for kind in ("greedy", "greedy_float32"):
+            row = f"| {profile}{kind} | 50.0% / 80.0% | 25.0% / 33.3% | 33.3% / 54.5% |"
+            assert row in lines
     (trained,) = [line for line in lines if line.startswith("Trained with")]
     assert "2 passes (2.0 hours" in trained
     assert trained.endswith("on: tones, chimes.")
@@ -279,6 +374,8 @@ def test_bundle_without_int8_holds_the_models_own_graph(
         folder = tmp_path / f"int8-{int8}"
         export_bundle(checkpoint, folder, name="x", language="en", int8=int8)
         assert (measure_parity(model, folder / "offline.onnx").largest < 1e-4) == (not int8)
+        parity = measure_streaming_parity(model, folder / "streaming.onnx")
+        assert (parity.largest < 1e-4) == (not int8)
 
 
 @pytest.mark.parametrize("name", ["tones", "old", "float32.onnx"])
@@ -288,7 +385,8 @@ def test_export_replaces_a_bundle(checkpoint: Path, tmp_path: Path, lm: Path, na
     export_bundle(checkpoint, folder, name="second", language="en", int8=False)
     assert load_bundle(folder).config.name == "second"
     assert set(_read(folder.parent)) == {
-        f"{name}/{file}" for file in ("config.json", "offline.onnx", "MODEL_CARD.md")
+        f"{name}/{file}"
+        for file in ("config.json", "offline.onnx", "streaming.onnx", "MODEL_CARD.md")
     }
 
 
@@ -341,6 +439,20 @@ def test_graph_that_differs_leaves_the_old_bundle(
     assert _read(old.parent) == before
 
 
+def test_streaming_graph_that_differs_leaves_the_old_bundle(
+    checkpoint: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _read(old.parent)
+    monkeypatch.setattr(  # exports another model: a bug of the exporter
+        export_module,
+        "export_streaming_graph",
+        lambda _, path: export_streaming_graph(make_model(n_layers=1, hidden_size=32), path),
+    )
+    with pytest.raises(ExportError, match="nothing was written"):
+        export_bundle(checkpoint, old, name="new", language="en")
+    assert _read(old.parent) == before
+
+
 def test_int8_that_loses_too_much_leaves_the_old_bundle(
     checkpoint: Path, old: Path, corpus: TinyCorpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,11 +485,79 @@ def test_missing_notes_are_named(checkpoint: Path, old: Path, tmp_path: Path) ->
     assert _read(old.parent) == before
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe",
+        b'{"greedy": 1}',
+        b'{"greedy": {"surprise": 1}}',
+        b'{"greedy": {"confidence": "much"}}',
+    ],
+)
+def test_calibration_that_does_not_fit_is_refused(
+    checkpoint: Path, tmp_path: Path, content: bytes
+) -> None:
+    survival = tmp_path / "survival.json"
+    survival.write_bytes(content)
+    with pytest.raises(ExportError, match=rf"cannot read the calibration {survival}"):
+        export_bundle(checkpoint, tmp_path / "tones", name="new", language="en", survival=survival)
+    assert list(tmp_path.iterdir()) == [survival]
+
+
+def test_missing_calibration_leaves_the_old_bundle(
+    checkpoint: Path, old: Path, tmp_path: Path
+) -> None:
+    before = _read(old.parent)
+    with pytest.raises(ExportError, match=r"absent\.json"):
+        export_bundle(checkpoint, old, name="new", language="en", survival=tmp_path / "absent.json")
+    assert _read(old.parent) == before
+
+
+def test_bundle_keeps_the_calibration(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "survival.json").write_text('{"greedy": {"intercept": -0.5, "length": 0.25}}')
+    export_bundle(
+        checkpoint,
+        tmp_path / "tones",
+        name="x",
+        language="en",
+        int8=False,
+        survival=tmp_path / "survival.json",
+    )
+    loaded = load_bundle(tmp_path / "tones").config.survival
+    assert loaded == {"greedy": Survival(intercept=-0.5, length=0.25)}
+
+
 def test_missing_checkpoint_is_named(old: Path, tmp_path: Path) -> None:
     before = _read(old.parent)
     with pytest.raises(TrainingError, match=r"absent\.pt"):
         export_bundle(tmp_path / "absent.pt", old, name="new", language="en")
     assert _read(old.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("subsampling", "bidirectional", "fast", "balanced"),
+    [
+        (4, True, (8, 8, 64), (16, 8, 96)),
+        (4, False, (8, 0, 32), (16, 0, 64)),
+        (3, True, (10, 10, 62), (21, 10, 95)),
+        (2, True, (16, 16, 66), (32, 16, 98)),
+        (2, False, (16, 0, 34), (32, 0, 66)),
+    ],
+)
+def test_profiles_last_as_long_at_every_subsampling(
+    subsampling: int,
+    bidirectional: bool,
+    fast: tuple[int, int, int],
+    balanced: tuple[int, int, int],
+) -> None:
+    profiles = make_profiles(make_model(subsampling=subsampling, bidirectional=bidirectional))
+    for name, (chunk, right, window) in (("fast", fast), ("balanced", balanced)):
+        assert profiles[name] == Profile(
+            chunk_frames=chunk, right_frames=right, window_feature_frames=window
+        )
 
 
 def test_bundle_config_keeps_the_settings_of_the_run(

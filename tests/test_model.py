@@ -1,4 +1,4 @@
-"""The acoustic model: padding, lengths, context and initial weights."""
+"""The acoustic model: padding, lengths, context, reading window by window, initial weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from torch import Tensor, nn
 
 from service.text import CHARACTERS
 from training.lexicon import PHONES
-from training.model import AcousticModel, Cell, RecurrentLayer, output_lengths, reversal_index
+from training.model import (
+    AcousticModel,
+    Cell,
+    Chunking,
+    RecurrentLayer,
+    output_lengths,
+    reversal_index,
+)
 
 _LENGTHS = (1, 2, 3, 5, 23, 40, 57)
 _RIGHT_CONTEXT = {2: 3, 3: 4, 4: 3}
 """Frame j of the output sees input frames up to subsampling * j + this, by the two kernels of 3."""
+
+_CHUNKINGS = (Chunking(1, 1), Chunking(3, 2), Chunking(5, 7))
 
 _every_kind = pytest.mark.parametrize(
     ("cell", "bidirectional", "subsampling"),
@@ -146,6 +155,201 @@ def test_bidirectional_model_sees_the_end_from_the_start() -> None:
     features[:, -1] += 3.0
     actual, _, _ = model(features, _lengths(57))
     assert (actual - expected)[0, 0].abs().max() > 0
+
+
+# Reading window by window
+
+
+def _step_through(
+    model: AcousticModel, features: Tensor, feature_lengths: Tensor, chunking: Chunking
+) -> tuple[Tensor, Tensor]:
+    """Settled logits of both heads, read window by window as a stream is, (batch, frames, unit)."""
+    n_window = model.window_frames(chunking)
+    n_step = chunking.n_chunk * model.convolutions.subsampling
+    padded = nn.functional.pad(features, (0, 0, 0, n_window), value=1e3)
+    state = model.initial_state(len(features))
+    token_chunks, phone_chunks = [], []
+    for first in range(0, features.shape[1], n_step):
+        tokens, phones, lengths, state = model.forward_window(
+            padded[:, first : first + n_window],
+            (feature_lengths - first).clamp(1, n_window),
+            torch.tensor(chunking.n_chunk),
+            state,
+        )
+        assert int(lengths.max()) <= tokens.shape[1]
+        token_chunks.append(tokens[:, : chunking.n_chunk])
+        phone_chunks.append(phones[:, : chunking.n_chunk])
+    return torch.cat(token_chunks, 1), torch.cat(phone_chunks, 1)
+
+
+@_every_kind
+@torch.no_grad()
+def test_chunked_forward_equals_stepping_through_windows(
+    cell: Cell, bidirectional: bool, subsampling: int
+) -> None:
+    model = make_model(cell=cell, bidirectional=bidirectional, subsampling=subsampling)
+    features = _pad(_draw_utterances(), n_frames=max(_LENGTHS), garbage=1e3)
+    for chunking in _CHUNKINGS:
+        *heads, lengths = model(features, torch.tensor(_LENGTHS), chunking)
+        stepped = _step_through(model, features, torch.tensor(_LENGTHS), chunking)
+        for i, length in enumerate(lengths.tolist()):
+            for actual, expected in zip(stepped, heads, strict=True):
+                torch.testing.assert_close(
+                    actual[i, :length], expected[i, :length], atol=1e-5, rtol=0
+                )
+
+
+def _read_naively(model: AcousticModel, features: Tensor, chunking: Chunking) -> Tensor:
+    """Token logits of one utterance, one window and one direction after the other."""
+    x, _, _ = model.convolutions(
+        (features - model.feature_mean) / model.feature_std, _lengths(features.shape[1])
+    )
+    states = [None] * len(model.layers)
+    chunks = []
+    for first in range(0, x.shape[1], chunking.n_chunk):
+        y = x[:, first : first + chunking.n_chunk + chunking.n_right]
+        for i, layer in enumerate(model.layers):
+            assert isinstance(layer, RecurrentLayer)
+            assert layer.back is not None
+            z = layer.norm(y)
+            ahead, states[i] = layer.ahead(z[:, : chunking.n_chunk], states[i])
+            if z.shape[1] > chunking.n_chunk:
+                right, _ = layer.ahead(z[:, chunking.n_chunk :], states[i])
+                ahead = torch.cat([ahead, right], dim=1)
+            back = layer.back(z.flip(1))[0].flip(1)
+            y = y + torch.cat([ahead, back], dim=2)
+        chunks.append(y[:, : chunking.n_chunk])
+    logits: Tensor = model.token_head(model.norm(torch.cat(chunks, dim=1)))
+    return logits
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@torch.no_grad()
+def test_chunked_forward_equals_reading_naively(cell: Cell) -> None:
+    model = make_model(cell=cell, subsampling=3)
+    for utterance in _draw_utterances():
+        for chunking in _CHUNKINGS:
+            actual, _, _ = model(utterance[None], _lengths(len(utterance)), chunking)
+            expected = _read_naively(model, utterance[None], chunking)
+            torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@_every_kind
+@torch.no_grad()
+def test_chunked_forward_ignores_padding_and_strangers(
+    cell: Cell, bidirectional: bool, subsampling: int
+) -> None:
+    model = make_model(cell=cell, bidirectional=bidirectional, subsampling=subsampling)
+    utterances = _draw_utterances()
+    batch = _pad(utterances, n_frames=77, garbage=float("nan"))
+    token_logits, phone_logits, lengths = model(batch, torch.tensor(_LENGTHS), Chunking(3, 2))
+    for i, utterance in enumerate(utterances):
+        tokens, phones, n_frames = model(
+            utterance[None], torch.tensor([len(utterance)]), Chunking(3, 2)
+        )
+        length = int(lengths[i])
+        assert [length] == n_frames.tolist() == [tokens.shape[1]]
+        torch.testing.assert_close(token_logits[i, :length], tokens[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(phone_logits[i, :length], phones[0], atol=1e-5, rtol=0)
+
+
+@_every_kind
+@torch.no_grad()
+def test_chunk_longer_than_the_utterance_equals_full_context(
+    cell: Cell, bidirectional: bool, subsampling: int
+) -> None:
+    model = make_model(cell=cell, bidirectional=bidirectional, subsampling=subsampling)
+    features = _pad(_draw_utterances(), n_frames=57, garbage=0.0)
+    *expected, lengths = model(features, torch.tensor(_LENGTHS))
+    inside = torch.arange(int(lengths.max())) < lengths[:, None]
+    for n_chunk in (int(lengths.max()), 100):
+        actual = model(features, torch.tensor(_LENGTHS), Chunking(n_chunk, 2))
+        for head in (0, 1):
+            torch.testing.assert_close(
+                actual[head][inside], expected[head][inside], atol=1e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("n_chunk", [1, 4])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@torch.no_grad()
+def test_forward_only_model_reads_chunks_as_with_full_context(cell: Cell, n_chunk: int) -> None:
+    model = make_model(cell=cell, bidirectional=False)
+    features = _draw_utterances()[-1][None]
+    expected, _, _ = model(features, _lengths(57))
+    actual, _, _ = model(features, _lengths(57), Chunking(n_chunk, 1))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("subsampling", [2, 3, 4])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@torch.no_grad()
+def test_chunk_sees_to_the_right_edge_of_its_window_and_no_further(
+    cell: Cell, subsampling: int
+) -> None:
+    model = make_model(cell=cell, subsampling=subsampling)
+    features = _draw_utterances()[-1][None]
+    chunking = Chunking(2, 3)
+    expected, _, lengths = model(features, _lengths(57), chunking)
+    for changed in range(1, 57, 4):
+        other = features.clone()
+        other[:, changed:] += 3.0
+        actual, _, _ = model(other, _lengths(57), chunking)
+        chunk = torch.arange(int(lengths)) // chunking.n_chunk
+        right_edge = chunk * chunking.n_chunk * subsampling + model.window_frames(chunking)
+        seeing = right_edge > changed
+        difference = (actual - expected)[0].abs().amax(dim=1)
+        assert (difference[~seeing] == 0).all()
+        assert (difference[seeing] > 0).all()
+
+
+@_every_kind
+def test_gradients_of_a_chunk_reach_back_to_the_start_and_ahead_to_the_right_edge(
+    cell: Cell, bidirectional: bool, subsampling: int
+) -> None:
+    model = make_model(cell=cell, bidirectional=bidirectional, subsampling=subsampling)
+    features = _draw_utterances()[-1][None].requires_grad_()
+    chunking = Chunking(3, 2)
+    token_logits, _, lengths = model(features, _lengths(57), chunking)
+    for first in range(0, int(lengths), chunking.n_chunk):
+        loss = token_logits[:, first : first + chunking.n_chunk].square().sum()
+        (gradient,) = torch.autograd.grad(loss, features, retain_graph=True)
+        seen = gradient[0].abs().amax(dim=1) > 0
+        right_edge = first * subsampling + model.window_frames(chunking)
+        assert seen[: min(right_edge, 56)].all()
+        assert not seen[right_edge:].any()
+
+
+@pytest.mark.parametrize("chunking", [None, Chunking(4, 2)])
+@torch.no_grad()
+def test_dropout_acts_on_every_layer(chunking: Chunking | None) -> None:
+    model = make_model(dropout=0.5, n_layers=3)
+    features, lengths = _draw_utterances()[-1][None], _lengths(57)
+    expected, _, _ = model(features, lengths, chunking)
+    dropped: list[bool] = []
+    model.dropout.register_forward_hook(
+        lambda _, arguments, output: dropped.append(not torch.equal(arguments[0], output))
+    )
+    assert torch.equal(model(features, lengths, chunking)[0], expected)
+    assert not any(dropped)
+    dropped.clear()
+    model.train()
+    assert not torch.equal(model(features, lengths, chunking)[0], expected)
+    assert dropped == [True] * (3 + 2)  # and after the convolutions, and before the heads
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_chunks_can_be_read_in_bfloat16(cell: Cell) -> None:
+    model = make_model(cell=cell).train()
+    features = _pad(_draw_utterances(), n_frames=57, garbage=0.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        token_logits, _, _ = model(features, torch.tensor(_LENGTHS), Chunking(3, 2))
+    token_logits.float().square().mean().backward()
+    gradients = [p.grad for n, p in model.named_parameters() if "phone_head" not in n]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+
+
+# Statistics and initial weights
 
 
 @torch.no_grad()

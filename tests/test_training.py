@@ -34,15 +34,16 @@ from torch.utils.data import get_worker_info
 from service.errors import TrainingError
 from service.text import CHARACTERS, collapse
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
-from training.config import load_settings
+from training.config import StreamingSettings, load_settings
 from training.data import Batch, BatchStream, Labels, collate
 from training.distributed import World
 from training.evaluation import errors_by_corpus, greedy_transcripts
 from training.feature_store import FeatureStore
 from training.loss import Losses, compute_losses
+from training.model import Chunking
 from training.precision import choose_precision
 from training.schedule import learning_rate
-from training.train import _Run, train
+from training.train import _Run, draw_chunking, train
 
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 _RANDOM = (
@@ -157,6 +158,8 @@ def test_train_writes_what_a_run_leaves(corpus: TinyCorpus, tmp_path: Path) -> N
     rows = _read_rows(tmp_path / "run")
     assert [row["epoch"] for row in rows] == [2, 3]
     assert rows[0]["tones"] == rows[0]["total"]
+    for chunk, right in settings.streaming.chunkings:
+        assert set(rows[0][f"{chunk}+{right} frames"]) == {"wer", "cer"}
     best = load_checkpoint(tmp_path / "run" / "best.pt")
     assert best.progress.best_cer == min(row["total"]["cer"] for row in rows)
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
@@ -180,7 +183,9 @@ def test_train_learns_to_understand_an_unknown_speaker(corpus: TinyCorpus, tmp_p
             "run.evaluate_every_epochs=30",
         )
     )
-    assert _read_rows(tmp_path / "run")[-1]["total"] == {"wer": 0.0, "cer": 0.0}
+    (row,) = _read_rows(tmp_path / "run")
+    for reading in ("total", "8+8 frames", "16+8 frames", "8+4 frames"):
+        assert row[reading] == {"wer": 0.0, "cer": 0.0}
     assert load_checkpoint(tmp_path / "run" / "best.pt").progress.best_cer == 0.0
 
 
@@ -424,6 +429,62 @@ def test_weight_decay_acts_on_matrices_only(run: _Run) -> None:
     assert min(dim for _, dim in decayed) >= 2
     assert all(dim == 1 for _, dim in others)
     assert len(decayed) + len(others) == len(names)
+
+
+# Reading window by window
+
+
+def test_draw_chunking_depends_on_the_seed_alone() -> None:
+    settings = StreamingSettings(share=0.5, chunkings=((8, 8), (16, 4)))
+    draws = [draw_chunking(settings, seed=seed) for seed in range(400)]
+    torch.manual_seed(3)
+    assert [draw_chunking(settings, seed=seed) for seed in range(400)] == draws
+    counts = [draws.count(c) for c in (None, Chunking(8, 8), Chunking(16, 4))]
+    assert sum(counts) == 400
+    assert 160 < counts[0] < 240
+    assert min(counts[1:]) > 60
+
+
+def test_draw_chunking_without_a_share_is_always_full_context() -> None:
+    for chunkings in ((), ((8, 8),)):
+        settings = StreamingSettings(share=0.0, chunkings=chunkings)
+        assert {draw_chunking(settings, seed=seed) for seed in range(200)} == {None}
+
+
+def test_draw_chunking_with_the_whole_share_is_always_one_of_the_chunkings() -> None:
+    settings = StreamingSettings(share=1.0, chunkings=((8, 8), (16, 8), (8, 4)))
+    drawn = {draw_chunking(settings, seed=seed) for seed in range(200)}
+    assert drawn == {Chunking(8, 8), Chunking(16, 8), Chunking(8, 4)}
+
+
+def test_steps_read_batches_as_drawn(run: _Run) -> None:
+    batch, read = _all_utterances(run), []
+    run.model.register_forward_pre_hook(lambda _, arguments: read.append(arguments[2]))
+    for step in (0, 1, 2, 3, 4, 5, 6, 7, 5, 2):
+        run.progress = replace(run.progress, step=step)
+        run._step(batch, n_batches=8)
+    assert None in read
+    assert set(read[:8]) & {Chunking(*c) for c in run.settings.streaming.chunkings}
+    assert read[8:] == [read[5], read[2]]
+
+
+def test_run_without_a_share_is_evaluated_with_full_context_only(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    train(make_settings(corpus, tmp_path / "run", "optimiser.n_epochs=1", "streaming.share=0"))
+    (row,) = _read_rows(tmp_path / "run")
+    assert set(row) == {"epoch", "audio_h", "tones", "total"}
+
+
+def test_transcripts_depend_on_the_chunking(run: _Run) -> None:
+    batch = _all_utterances(run)
+    read = [
+        greedy_transcripts(run.model, [batch], tokens=CHARACTERS, world=_ALONE, chunking=chunking)
+        for chunking in (None, Chunking(1000, 1), Chunking(1, 1))
+    ]
+    assert read[1] == read[0]
+    assert read[2] != read[0]
+    assert read[2].keys() == read[0].keys()
 
 
 # Several processes
@@ -728,6 +789,7 @@ def test_load_settings_reads_the_shipped_recipe() -> None:
         ("model.bidirectional=false", "model", "bidirectional", False),
         ("data.speeds=[1.0, 0.9]", "data", "speeds", (1.0, 0.9)),
         ('data.corpora=["a", "b"]', "data", "corpora", ("a", "b")),
+        ("streaming.chunkings=[[4, 2]]", "streaming", "chunkings", ((4, 2),)),
         ("run.directory=/tmp/runs/a=b", "run", "directory", Path("/tmp/runs/a=b")),  # noqa: S108
         ('run.initial_checkpoint="my run/best.pt"', "run", "initial_checkpoint", None),
     ],
@@ -756,6 +818,15 @@ def test_override_is_read_as_in_toml(
         ("model.dropout=1.0", r"model\.dropout: .*less than 1"),
         ("data.train=a.jsonl", r"data\.train: .*tuple"),
         ("data.speeds=[0.9, 1.1]", r"data\.speeds .*1\.0 must be one"),
+        ("streaming.chunkings=[]", r"streaming: .*share is above 0 but chunkings is empty"),
+        (
+            "streaming.chunkings=[[0, 4]]",
+            r"streaming\.chunkings\.0\.0: .*greater than or equal to 1",
+        ),
+        ("streaming.chunkings=[[8, 8], [8, 0]]", r"streaming\.chunkings\.1\.1: .*greater than"),
+        ("streaming.chunkings=[[8]]", r"streaming\.chunkings\.0\.1: Field required"),
+        ("streaming.share=1.5", r"streaming\.share: .*less than or equal to 1"),
+        ("streaming.share=-0.5", r"streaming\.share: .*greater than or equal to 0"),
         ("features.n_mels=1", r"features\.n_mels: .*greater than or equal to 8"),
         ("optimiser.n_epochs", r"'optimiser\.n_epochs' is no setting; expected section"),
         ("=3", r"'=3' is no setting"),

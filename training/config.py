@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,6 +21,9 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+_Frames = Annotated[int, Field(ge=1)]
 
 
 class _Settings(BaseModel):
@@ -65,6 +68,21 @@ class ModelSettings(_Settings):
     """Channels of the two convolutions."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Dropout on the output of every layer."""
+
+
+class StreamingSettings(_Settings):
+    """Batches read window by window, so that the same weights also serve streams."""
+
+    share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the training batches; the others are read with full context."""
+    chunkings: tuple[tuple[_Frames, _Frames], ...] = ((8, 8), (16, 8), (8, 4))
+    """Chunk and right context, output frames; each such batch draws one of them."""
+
+    @model_validator(mode="after")
+    def _share_has_chunkings(self) -> StreamingSettings:
+        if self.share and not self.chunkings:
+            raise ValueError("share is above 0 but chunkings is empty; name one, or set share to 0")
+        return self
 
 
 class AugmentSettings(_Settings):
@@ -136,6 +154,7 @@ class TrainingSettings(_Settings):
     data: DataSettings
     features: FeatureSettings = FeatureSettings()
     model: ModelSettings = ModelSettings()
+    streaming: StreamingSettings = StreamingSettings()
     augment: AugmentSettings = AugmentSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
     run: RunSettings = RunSettings()

@@ -10,21 +10,34 @@ from service.scoring import ErrorCounts, count_errors, pool
 from service.text import collapse, decode
 from training.data import Batch
 from training.distributed import World
-from training.model import AcousticModel
+from training.model import AcousticModel, Chunking
 
 
 @torch.no_grad()
 def greedy_transcripts(
-    model: AcousticModel, batches: Iterable[Batch], *, tokens: Sequence[str], world: World
+    model: AcousticModel,
+    batches: Iterable[Batch],
+    *,
+    tokens: Sequence[str],
+    world: World,
+    chunking: Chunking | None = None,
 ) -> dict[str, str]:
-    """Best-path transcripts by utterance id; each process does its share of the batches."""
+    """Best-path transcripts by utterance id; each process does its share of the batches.
+
+    Args:
+        model: what is evaluated.
+        batches: the same in every process.
+        tokens: token list, blank first.
+        world: the processes.
+        chunking: how the model reads; None is with full context.
+    """
     model.eval()
     transcripts: dict[str, str] = {}
     for number, batch in enumerate(batches):
         if number % world.size != world.rank:
             continue
         logits, _, lengths = model(
-            batch.features.to(world.device), batch.feature_lengths.to(world.device)
+            batch.features.to(world.device), batch.feature_lengths.to(world.device), chunking
         )
         paths = logits.argmax(-1).cpu()
         for utterance_id, path, length in zip(

@@ -24,6 +24,7 @@ from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
 from torch import Tensor
 from tqdm import tqdm
 
+from service.audio import resample
 from service.features import FeatureSettings, log_mel
 
 _PART_CUTS: Final = 250
@@ -69,7 +70,7 @@ def store_features(
     """Compute the features of cuts played at `speed`, or find those computed before.
 
     Args:
-        cuts: whole recordings at any sample rate; they are resampled.
+        cuts: whole recordings at any sample rate; they are resampled as in serving.
         speed: playing speed; 1.1 is a tenth faster and higher.
         settings: the feature definition.
         cache: folder that holds the stores.
@@ -77,7 +78,7 @@ def store_features(
     """
     folder = cache / _store_name(cuts, speed=speed, settings=settings)
     folder.mkdir(parents=True, exist_ok=True)
-    played = list(cuts.resample(settings.sample_rate).perturb_speed(speed, affix_id=False))
+    played = list(cuts.perturb_speed(speed, affix_id=False))
     parts = {n: played[i : i + _PART_CUTS] for n, i in enumerate(range(0, len(played), _PART_CUTS))}
     missing = [n for n in parts if not (folder / f"{n}.json").exists()]
     if missing:
@@ -95,7 +96,8 @@ def _store_part(folder: Path, settings: FeatureSettings, part: int, cuts: list[M
     blocks: list[npt.NDArray[np.float16]] = []
     first = 0
     for cut in cuts:
-        waveform = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
+        played = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
+        waveform = resample(played, cut.sampling_rate, settings.sample_rate)
         frames = log_mel(waveform, settings).astype(np.float16)
         index[cut.id] = (first, len(frames))
         blocks.append(frames)
@@ -112,5 +114,6 @@ def _store_name(cuts: CutSet, *, speed: float, settings: FeatureSettings) -> str
     digest = hashlib.sha256(settings.model_dump_json().encode())
     for cut in cuts:
         source = Path(cut.recording.sources[0].source).resolve()
-        digest.update(f"{cut.id} {source} {cut.recording.num_samples}\n".encode())
+        n_bytes = source.stat().st_size
+        digest.update(f"{cut.id} {source} {n_bytes} {cut.recording.num_samples}\n".encode())
     return f"{digest.hexdigest()[:16]}-{speed}"

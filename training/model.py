@@ -4,17 +4,25 @@ Log-mel features → two convolutions (subsampling 2, 3 or 4) → N residual rec
 layer norm and dropout → logits over tokens and, beside them, over phones. The two directions of a
 layer are two recurrent networks; the reverse one reads each sequence flipped by its own length, so
 padding never reaches it, no sequence is packed, and the graph exports to ONNX with free axes.
+
+One set of weights reads with full context or, for streaming, window by window (latency-controlled
+BLSTM, Zhang et al. 2016): a window is a chunk of frames and some frames to its right; the forward
+direction carries its state from chunk to chunk, the reverse one starts at the window's right end.
+In training the reverse direction and the right contexts of all windows run as one batch, and only
+the forward direction goes from chunk to chunk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Cell = Literal["lstm", "gru", "rnn"]
+RnnState = Tensor | tuple[Tensor, Tensor]
 
 _CELLS: Final[dict[Cell, Callable[..., nn.RNNBase]]] = {
     "lstm": nn.LSTM,
@@ -25,11 +33,34 @@ _STRIDES: Final[dict[int, tuple[int, int]]] = {2: (2, 1), 3: (3, 1), 4: (2, 2)}
 _KERNEL: Final = 3
 
 
+@dataclass(frozen=True)
+class Chunking:
+    """What the model sees at once when it reads window by window, in output frames."""
+
+    n_chunk: int
+    """Frames whose output a window settles."""
+    n_right: int
+    """Frames to the right of the chunk that the window sees as well."""
+
+
+class StreamState(NamedTuple):
+    """What a window needs of the windows before it; zeros at the start of a stream."""
+
+    features: Tensor
+    """The last feature frame, normalised, float32, (batch, 1, mel)."""
+    convolved: Tensor
+    """The last frame of the first convolution, float32, (batch, channel, 1, band)."""
+    recurrent: Tensor
+    """State of each layer's forward direction, float32, (batch, layer, part, hidden): an LSTM has
+    two parts, output and cell, other cells one."""
+
+
 class AcousticModel(nn.Module):
     """Maps log-mel features to CTC logits over tokens and over phones."""
 
     feature_mean: Tensor
     feature_std: Tensor
+    convolutions: ConvolutionalSubsampling
 
     def __init__(
         self,
@@ -46,6 +77,7 @@ class AcousticModel(nn.Module):
         dropout: float = 0.2,
     ) -> None:
         super().__init__()
+        self.bidirectional = bidirectional
         width = hidden_size * (2 if bidirectional else 1)
         self.register_buffer("feature_mean", torch.zeros(n_mels))
         self.register_buffer("feature_std", torch.ones(n_mels))
@@ -61,26 +93,112 @@ class AcousticModel(nn.Module):
         self.token_head = nn.Linear(width, n_tokens)
         self.phone_head = nn.Linear(width, n_phones)
 
-    def forward(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, feature_lengths: Tensor, chunking: Chunking | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the logits of both heads.
 
         Args:
             features: log-mel energies, float32, (batch, time, mel), natural log; what lies behind
                 an utterance's length is ignored.
             feature_lengths: frames of each utterance, int64, (batch,).
+            chunking: read window by window, as a stream is read; None reads with full context.
 
         Returns:
             Token logits (batch, frames, token), phone logits (batch, frames, phone), both raw, and
             the frames of each utterance after subsampling, int64, (batch,).
         """
-        x = (features - self.feature_mean) / self.feature_std
-        x, lengths = self.convolutions(x, feature_lengths)  # (batch, frames, width)
-        reverse = reversal_index(lengths, x.shape[1])
+        x = self._normalise(features)
+        x, lengths, _ = self.convolutions(x, feature_lengths)  # (batch, frames, width)
         x = self.dropout(x)
+        x = self._read_whole(x, lengths) if chunking is None else self._read(x, lengths, chunking)
+        return *self._apply_heads(x), lengths
+
+    def forward_window(
+        self, features: Tensor, feature_lengths: Tensor, n_chunk: Tensor, state: StreamState
+    ) -> tuple[Tensor, Tensor, Tensor, StreamState]:
+        """Compute the logits of one window of each stream.
+
+        Args:
+            features: log-mel energies of a window (chunk, right context, and `n_ahead` frames of
+                the convolutions), float32, (batch, time, mel).
+            feature_lengths: frames of each window, int64, (batch,), at least 1; fewer than `time`
+                only where a stream ends.
+            n_chunk: output frames of the chunk, int64, ().
+            state: what the window before this one left, or zeros.
+
+        Returns:
+            Token logits (batch, frames, token) and phone logits (batch, frames, phone), both raw;
+            how many frames the window has, int64, (batch,); and the state at the chunk's end. The
+            first `n_chunk` frames are settled, those to their right know less of what follows.
+        """
+        x = self._normalise(features)
+        x, lengths, caches = self.convolutions(x, feature_lengths, state[:2], n_chunk)
+        reverse = reversal_index(lengths, x.shape[1])
+        states = []
+        for layer, before in zip(self._stack, state.recurrent.unbind(1), strict=True):
+            y, edge = layer.read_windows(x, reverse, n_chunk, state=_split_state(before))
+            x = x + y
+            states.append(_join_state(edge))
+        token_logits, phone_logits = self._apply_heads(x)
+        return (
+            token_logits,
+            phone_logits,
+            lengths,
+            StreamState(caches[0], caches[1], torch.stack(states, 1)),
+        )
+
+    def window_frames(self, chunking: Chunking) -> int:
+        """Feature frames of a window: chunk, right context, and what the convolutions see ahead."""
+        n_right = chunking.n_right if self.bidirectional else 0
+        n_frames = chunking.n_chunk + n_right
+        return n_frames * self.convolutions.subsampling + self.convolutions.n_ahead
+
+    def initial_state(self, batch_size: int) -> StreamState:
+        """The state at the start of `batch_size` streams."""
+        n_channels, n_mels = self.convolutions.first.out_channels, len(self.feature_mean)
+        first = self._stack[0].ahead
+        n_parts = 2 if isinstance(first, nn.LSTM) else 1
+        return StreamState(
+            features=torch.zeros(batch_size, 1, n_mels),
+            convolved=torch.zeros(batch_size, n_channels, 1, _strided_length(n_mels, 2)),
+            recurrent=torch.zeros(batch_size, len(self.layers), n_parts, first.hidden_size),
+        )
+
+    @property
+    def _stack(self) -> list[RecurrentLayer]:
+        return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
+
+    def _normalise(self, features: Tensor) -> Tensor:
+        return (features - self.feature_mean) / self.feature_std
+
+    def _apply_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.dropout(self.norm(x))
+        return self.token_head(x), self.phone_head(x)
+
+    def _read_whole(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Every layer over whole utterances: (batch, frames, width) → the same."""
+        reverse = reversal_index(lengths, x.shape[1])
         for layer in self.layers:
             x = x + self.dropout(layer(x, reverse))
-        x = self.dropout(self.norm(x))
-        return self.token_head(x), self.phone_head(x), lengths
+        return x
+
+    def _read(self, x: Tensor, lengths: Tensor, chunking: Chunking) -> Tensor:
+        """Every layer window by window: (batch, frames, width) → the same."""
+        batch_size, n_frames, width = x.shape
+        n_chunk = chunking.n_chunk
+        n_right = chunking.n_right if self.bidirectional else 0
+        n_windows = -(-n_frames // n_chunk)
+        x = nn.functional.pad(x, (0, 0, 0, n_windows * n_chunk + n_right - n_frames))
+        x = x.unfold(1, n_chunk + n_right, n_chunk)  # (batch, window, width, frames)
+        x = x.transpose(2, 3).flatten(0, 1)  # (batch * window, frames, width)
+        first = torch.arange(n_windows, device=x.device) * n_chunk
+        window_lengths = (lengths.unsqueeze(1) - first).clamp(0, n_chunk + n_right).flatten()
+        reverse = reversal_index(window_lengths, n_chunk + n_right)
+        for layer in self._stack:
+            y, _ = layer.read_windows(x, reverse, n_chunk, n_windows=n_windows)
+            x = x + self.dropout(y)
+        return x[:, :n_chunk].reshape(batch_size, n_windows * n_chunk, width)[:, :n_frames]
 
 
 class ConvolutionalSubsampling(nn.Module):
@@ -90,22 +208,63 @@ class ConvolutionalSubsampling(nn.Module):
         super().__init__()
         if subsampling not in _STRIDES:
             raise ValueError(f"subsampling is {subsampling}, expected one of {sorted(_STRIDES)}")
+        self.subsampling = subsampling
         self.strides = _STRIDES[subsampling]
         first, second = self.strides
-        self.first = nn.Conv2d(1, n_channels, _KERNEL, stride=(first, 2), padding=1)
-        self.second = nn.Conv2d(n_channels, n_channels, _KERNEL, stride=(second, 2), padding=1)
+        in_frequency = (0, 1)  # time is padded in forward, by what came before
+        self.first = nn.Conv2d(1, n_channels, _KERNEL, stride=(first, 2), padding=in_frequency)
+        self.second = nn.Conv2d(
+            n_channels, n_channels, _KERNEL, stride=(second, 2), padding=in_frequency
+        )
         n_bands = _strided_length(_strided_length(n_mels, 2), 2)
         self.projection = nn.Linear(n_channels * n_bands, width)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, time, mel) → (batch, frames, width) and the lengths in frames."""
+    @property
+    def n_ahead(self) -> int:
+        """Feature frames that the last output frame of a window sees beyond its own."""
+        first, second = self.strides
+        return first + 2 - first * second
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        caches: tuple[Tensor, ...] | None = None,
+        n_chunk: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Convolve whole utterances, or one window of each stream.
+
+        Args:
+            x: normalised features, float32, (batch, time, mel).
+            lengths: frames of each utterance or window, int64, (batch,).
+            caches: `features` and `convolved` of the streams' states; None at a start.
+            n_chunk: output frames of a window's chunk, int64, (); None for whole utterances.
+
+        Returns:
+            (batch, frames, width), the lengths in frames, and the caches where the chunk ends.
+        """
         x = _zero_padding(x, lengths).unsqueeze(1)  # (batch, 1, time, mel)
-        for convolution, stride in zip((self.first, self.second), self.strides, strict=True):
+        after = []
+        n_edge = None if n_chunk is None else n_chunk * self.subsampling
+        for i, (convolution, stride) in enumerate(
+            zip((self.first, self.second), self.strides, strict=True)
+        ):
+            if caches is None or n_edge is None:
+                x = nn.functional.pad(x, (0, 0, 1, 1))
+            else:
+                before = caches[0].unsqueeze(1) if i == 0 else caches[1]
+                x = nn.functional.pad(torch.cat([before, x], dim=2), (0, 0, 0, 1))
+                edge = x[:, :, n_edge].unsqueeze(2)  # one frame of cache comes first
+                after.append(edge.squeeze(1) if i == 0 else edge)
+                n_edge = n_edge // stride
             x = torch.relu(convolution(x))  # (batch, channel, time / stride, mel / 2)
             lengths = _strided_length(lengths, stride)
             x = _zero_padding(x.transpose(1, 2), lengths).transpose(1, 2)
         x = x.transpose(1, 2).flatten(2)  # (batch, frames, channel * band)
-        return self.projection(x), lengths
+        if n_chunk is not None and self.n_ahead > 0:  # the last frame lacks its right context
+            x = x[:, :-1]
+            lengths = lengths.clamp(max=x.shape[1])
+        return self.projection(x), lengths, tuple(after)
 
 
 class RecurrentLayer(nn.Module):
@@ -121,6 +280,44 @@ class RecurrentLayer(nn.Module):
         """Apply the layer; `reverse` is `reversal_index` of the utterances' lengths."""
         x = self.norm(x)
         ahead: Tensor = self.ahead(x)[0]
+        return self._add_reverse(ahead, x, reverse)
+
+    def read_windows(
+        self,
+        x: Tensor,
+        reverse: Tensor,
+        n_chunk: int | Tensor,
+        *,
+        n_windows: int = 1,
+        state: RnnState | None = None,
+    ) -> tuple[Tensor, RnnState]:
+        """Apply the layer to consecutive windows of each utterance or stream.
+
+        Args:
+            x: windows, float32, (batch * window, frames, width), those of one utterance together.
+            reverse: `reversal_index` of the windows' lengths.
+            n_chunk: frames of a chunk; the others of a window are its right context.
+            n_windows: windows of each utterance.
+            state: of the forward direction before the first window; None is zeros.
+
+        Returns:
+            The windows' output, same shape, and the forward direction's state after the last chunk.
+        """
+        x = self.norm(x)
+        chunks, edges = [], []
+        for chunk in x[:, :n_chunk].unflatten(0, (-1, n_windows)).unbind(1):
+            y, state = self.ahead(chunk, state)
+            chunks.append(y)
+            edges.append(state)
+        ahead = torch.stack(chunks, 1).flatten(0, 1)  # (batch * window, n_chunk, hidden)
+        assert state is not None
+        if self.back is None:
+            return ahead, state
+        right: Tensor = self.ahead(x[:, n_chunk:], _stack_states(edges))[0]
+        return self._add_reverse(torch.cat([ahead, right], 1), x, reverse), state
+
+    def _add_reverse(self, ahead: Tensor, x: Tensor, reverse: Tensor) -> Tensor:
+        """The outputs of both directions side by side: (batch, frames, width)."""
         if self.back is None:
             return ahead
         back, _ = self.back(_gather_frames(x, reverse))
@@ -160,6 +357,26 @@ def _zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
     """Zero what lies behind each sequence's length; time is axis 1 of `x`."""
     outside = torch.arange(x.shape[1], device=x.device).unsqueeze(0) >= lengths.unsqueeze(1)
     return x.masked_fill(outside.reshape(outside.shape + (1,) * (x.dim() - 2)), 0.0)
+
+
+def _stack_states(states: list[RnnState]) -> RnnState:
+    """States (1, batch, hidden) after each window, as one batch: (1, batch * window, hidden)."""
+    if isinstance(states[0], Tensor):
+        return torch.stack([s for s in states if isinstance(s, Tensor)], 2).flatten(1, 2)
+    outputs, cells = zip(*states, strict=True)
+    return torch.stack(outputs, 2).flatten(1, 2), torch.stack(cells, 2).flatten(1, 2)
+
+
+def _split_state(state: Tensor) -> RnnState:
+    """(batch, part, hidden) → what a recurrent network takes, each (1, batch, hidden)."""
+    parts = [part.unsqueeze(0) for part in state.unbind(1)]
+    return (parts[0], parts[1]) if len(parts) > 1 else parts[0]
+
+
+def _join_state(state: RnnState) -> Tensor:
+    """What a recurrent network returns → (batch, part, hidden)."""
+    parts = (state,) if isinstance(state, Tensor) else state
+    return torch.cat(parts).transpose(0, 1)
 
 
 def _gather_frames(x: Tensor, index: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import signal
 import threading
 import time
@@ -26,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from service.errors import TrainingError
+from service.scoring import ErrorCounts
 from service.text import CHARACTERS
 from training.augment import shift_level, spec_augment
 from training.checkpoint import (
@@ -34,14 +36,14 @@ from training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from training.config import AugmentSettings, TrainingSettings
+from training.config import AugmentSettings, StreamingSettings, TrainingSettings
 from training.data import Batch, BatchStream, Labels, load_batches, make_labels, read_cuts
 from training.distributed import World, join_world
 from training.evaluation import errors_by_corpus, greedy_transcripts
 from training.feature_store import FeatureStore, store_features
 from training.lexicon import PHONES, load_dictionary
 from training.loss import Losses, compute_losses
-from training.model import AcousticModel
+from training.model import AcousticModel, Chunking
 from training.precision import choose_precision, device_name
 from training.schedule import learning_rate
 
@@ -156,7 +158,8 @@ class _Run:
         seed = self.settings.run.seed * 1_000_003 + self.progress.step
         torch.manual_seed(seed * self.world.size + self.world.rank)
         self.parallel.train()
-        losses = self._forward(batch, self.parallel, self.dtype)
+        chunking = draw_chunking(self.settings.streaming, seed=seed)
+        losses = self._forward(batch, self.parallel, self.dtype, chunking)
         shared = replace(
             losses,
             n_tokens=self.world.sum(losses.n_tokens) / self.world.size,
@@ -172,7 +175,13 @@ class _Run:
             self._say(f"step {self.progress.step}: the gradient is not finite; step left out")
         return losses, float(norm)
 
-    def _forward(self, batch: Batch, model: nn.Module, dtype: torch.dtype) -> Losses:
+    def _forward(
+        self,
+        batch: Batch,
+        model: nn.Module,
+        dtype: torch.dtype,
+        chunking: Chunking | None = None,
+    ) -> Losses:
         device = self.world.device
         features = _augment(
             batch,
@@ -182,7 +191,7 @@ class _Run:
         )
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             token_logits, phone_logits, lengths = model(
-                features.to(device), batch.feature_lengths.to(device)
+                features.to(device), batch.feature_lengths.to(device), chunking
             )
         return compute_losses(
             token_logits,
@@ -201,18 +210,20 @@ class _Run:
         batches = BatchStream(
             self.dev.cuts, self.dev.labels, self.dev.stores, batch_s=_DEV_BATCH_S, seed=0, epoch=0
         )
-        transcripts = greedy_transcripts(averaged, batches, tokens=CHARACTERS, world=self.world)
-        counts = errors_by_corpus(
-            transcripts,
-            references={cut.id: cut.supervisions[0].text for cut in self.dev.cuts},
-            corpora={cut.id: cut.supervisions[0].custom["corpus"] for cut in self.dev.cuts},
-        )
+        streaming = self.settings.streaming
+        chunkings = [Chunking(*c) for c in streaming.chunkings] if streaming.share else []
+        counts = self._count_errors(averaged, batches, None)
+        streamed = {
+            f"{c.n_chunk}+{c.n_right} frames": self._count_errors(averaged, batches, c)[""]
+            for c in chunkings
+        }
         total = counts[""]
         if total.cer < self.progress.best_cer:
             self.progress = replace(self.progress, best_cer=total.cer)
             self._save("best.pt")
         if writer is None:
             return
+        counts.update(streamed)
         row = {
             "epoch": self.progress.epoch,
             "audio_h": round(self.progress.audio_s / 3600, 2),
@@ -227,6 +238,19 @@ class _Run:
             f"{corpus or 'total'} {c.wer:.1%} / {c.cer:.1%}" for corpus, c in counts.items()
         )
         self._say(f"pass {self.progress.epoch}: dev greedy WER / CER: {table}")
+
+    def _count_errors(
+        self, model: AcousticModel, batches: BatchStream, chunking: Chunking | None
+    ) -> dict[str, ErrorCounts]:
+        """Errors on the development set by corpus, and of all under the empty name."""
+        transcripts = greedy_transcripts(
+            model, batches, tokens=CHARACTERS, world=self.world, chunking=chunking
+        )
+        return errors_by_corpus(
+            transcripts,
+            references={cut.id: cut.supervisions[0].text for cut in self.dev.cuts},
+            corpora={cut.id: cut.supervisions[0].custom["corpus"] for cut in self.dev.cuts},
+        )
 
     def _prepare(self, manifests: Sequence[Path], *, is_train: bool) -> _Corpus:
         data = self.settings.data
@@ -410,6 +434,14 @@ class _Meter:
             f"blank {means['blank']:.0%}, gradient {means['gradient norm']:.2f}, "
             f"{pace:.0f} s of audio/s, {_clock(left_s)} left"
         )
+
+
+def draw_chunking(settings: StreamingSettings, *, seed: int) -> Chunking | None:
+    """How a batch is read: window by window, or (None) with full context."""
+    draw = random.Random(seed)
+    if draw.random() >= settings.share:
+        return None
+    return Chunking(*draw.choice(settings.chunkings))
 
 
 def _augment(
