@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import logging
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -33,7 +33,7 @@ LOWEST_RATE: Final = 4_000
 HIGHEST_RATE: Final = 384_000
 MOST_CHANNELS: Final = 32
 
-_PUSH_BYTES: Final = 1 << 20
+_PIECE_BYTES: Final = 1 << 20
 _BLOCK_FRAMES: Final = 1 << 22  # soundfile seeks after each block, which mp3 pays for
 _SNIFF_BYTES: Final = 12
 _LOUDEST: Final = 1e6  # float samples beyond are no audio, and could overflow in what follows
@@ -92,9 +92,7 @@ class AudioStream:
             if self._reader is None:
                 return np.zeros(0, np.float32)
             data, self._head = self._head, b""
-        waveform = self._convert(self._reader, self._reader.push(data), is_last=False)
-        self._n_samples += len(waveform)
-        return waveform
+        return self._count(self._convert(self._reader, self._reader.push(data), is_last=False))
 
     def finish(self) -> FloatArray:
         """Say that the recording is complete; return the remaining samples, float32 (time,).
@@ -103,24 +101,29 @@ class AudioStream:
             AudioError: what arrived is no audio, or broken.
             RequestError: it contradicts what the sender said of it.
         """
-        blocks = []
+        return np.concatenate([np.zeros(0, np.float32), *self.drain()])
+
+    def drain(self) -> Iterator[FloatArray]:
+        """`finish` in blocks, so that a long compressed recording is never whole in memory."""
         if self._reader is None:
             self._reader = _open_reader(self._head, self._format, is_complete=True)
             if self._reader is None:
-                return np.zeros(0, np.float32)
-            blocks.append(self._convert(self._reader, self._reader.push(self._head), is_last=False))
-        blocks += [
-            self._convert(self._reader, frames, is_last=False) for frames in self._reader.finish()
-        ]
+                return
+            yield self._count(
+                self._convert(self._reader, self._reader.push(self._head), is_last=False)
+            )
+        for frames in self._reader.finish():
+            yield self._count(self._convert(self._reader, frames, is_last=False))
         nothing = np.zeros((0, 1), np.float32)
-        blocks.append(self._convert(self._reader, nothing, is_last=True))
-        waveform: FloatArray = np.concatenate(blocks)
-        self._n_samples += len(waveform)
+        yield self._count(self._convert(self._reader, nothing, is_last=True))
         if self._n_samples == 0 and self.n_bytes > 0:
             raise AudioError(
                 f"the audio is empty: {self.n_bytes} bytes that hold no sample; "
                 "expected a recording"
             )
+
+    def _count(self, waveform: FloatArray) -> FloatArray:
+        self._n_samples += len(waveform)
         return waveform
 
     def _convert(self, reader: _Reader, frames: FloatArray, *, is_last: bool) -> FloatArray:
@@ -138,34 +141,71 @@ class AudioStream:
         return self._resampler.push(mono, is_last=is_last)
 
 
-def decode_audio(data: bytes, audio_format: AudioFormat, *, target_rate: int) -> FloatArray:
-    """Decode a whole recording: mono samples, float32 (time,), at `target_rate`.
+def decode_blocks(
+    pieces: Iterable[bytes], audio_format: AudioFormat, *, target_rate: int
+) -> Iterator[FloatArray]:
+    """Decode a recording block by block: mono samples, float32 (time,), at `target_rate`.
 
     Raises:
         AudioError: the bytes are no audio, broken, or hold no sample.
         RequestError: they contradict what the sender said of them.
     """
     stream = AudioStream(audio_format, target_rate=target_rate)
-    blocks = [
-        stream.push(data[start : start + _PUSH_BYTES]) for start in range(0, len(data), _PUSH_BYTES)
-    ]
-    waveform: FloatArray = np.concatenate([*blocks, stream.finish()])
-    if not data:
+    for piece in pieces:
+        yield stream.push(piece)
+    yield from stream.drain()
+    if stream.n_bytes == 0:
         raise AudioError("the audio is empty: no bytes at all; expected a recording")
-    return waveform
 
 
-def load_audio(path: Path, *, target_rate: int) -> FloatArray:
-    """Read a recording: mono samples, float32 (time,), at `target_rate`.
+class Stopwatch:
+    """Measures how much audio passes by."""
+
+    def __init__(self, sample_rate: int) -> None:
+        self._sample_rate = sample_rate
+        self.seconds = 0.0
+        """Audio that has passed, seconds."""
+
+    def measure(self, blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
+        """Hand on blocks of samples as they are."""
+        for block in blocks:
+            self.seconds += len(block) / self._sample_rate
+            yield block
+
+
+def load_blocks(path: Path, *, target_rate: int) -> Iterator[FloatArray]:
+    """Read a recording block by block: mono samples, float32 (time,), at `target_rate`.
 
     Raises:
         AudioError: the file cannot be read, is no audio, broken, or holds no sample.
     """
+    audio_format = AudioFormat(header_required=True)
+    return decode_blocks(_read_pieces(path), audio_format, target_rate=target_rate)
+
+
+def load_audio(path: Path, *, target_rate: int) -> FloatArray:
+    """Read a whole recording; see `load_blocks`."""
+    return np.concatenate([np.zeros(0, np.float32), *load_blocks(path, target_rate=target_rate)])
+
+
+def _read_pieces(path: Path) -> Iterator[bytes]:
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE_BYTES):
+                yield piece
     except OSError as error:
         raise AudioError(f"cannot read {path}: {error.strerror}") from error
-    return decode_audio(data, AudioFormat(header_required=True), target_rate=target_rate)
+
+
+def resample(waveform: FloatArray, source_rate: int, target_rate: int) -> FloatArray:
+    """Resample a whole recording, sample for sample as a stream of it is.
+
+    Args:
+        waveform: mono samples, float32, (time,).
+        source_rate: Hz.
+        target_rate: Hz.
+    """
+    return _Resampler(source_rate, target_rate).push(waveform, is_last=True)
 
 
 class _Reader(Protocol):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from service.audio import AUDIO_EXTENSIONS, load_audio
+from service.audio import AUDIO_EXTENSIONS, Stopwatch, load_blocks
 from service.errors import AudioError
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser
@@ -58,17 +58,31 @@ def run_jobs(
     decoder: DecoderName,
     n_best: int,
     n_threads: int,
+    on_audio: Callable[[float], object] = lambda _: None,
 ) -> Iterator[Outcome]:
-    """Transcribe jobs on several threads; outcomes come in the order of the jobs."""
+    """Transcribe jobs on several threads; outcomes come in the order of the jobs.
+
+    Args:
+        recogniser: the loaded bundle.
+        jobs: the recordings.
+        decoder: how emissions are searched.
+        n_best: alternatives wanted for each segment.
+        n_threads: recordings that are transcribed at the same time.
+        on_audio: called with the seconds of audio dealt with, from any thread.
+    """
 
     def run(job: Job) -> Outcome:
+        duration = Stopwatch(recogniser.sample_rate)
+        blocks = load_blocks(job.audio_path, target_rate=recogniser.sample_rate)
         try:
-            waveform = load_audio(job.audio_path, target_rate=recogniser.sample_rate)
-            segments = recogniser.recognise(waveform, decoder=decoder, n_best=n_best)
+            segments = list(
+                recogniser.recognise_blocks(
+                    duration.measure(blocks), decoder=decoder, n_best=n_best, on_audio=on_audio
+                )
+            )
         except AudioError as error:
             return Outcome(job, None, str(error))
-        duration_s = len(waveform) / recogniser.sample_rate
-        return Outcome(job, Transcript(job.name, duration_s, segments), "")
+        return Outcome(job, Transcript(job.name, duration.seconds, segments), "")
 
     with ThreadPoolExecutor(n_threads) as pool:
         waiting = iter(jobs)

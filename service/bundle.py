@@ -20,12 +20,14 @@ from service.errors import BundleError
 from service.features import FeatureSettings
 from service.text import BLANK, BLANK_TOKEN
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 CONFIG_NAME: Final = "config.json"
 OFFLINE_GRAPH: Final = "offline.onnx"
+STREAMING_GRAPH: Final = "streaming.onnx"
 LM_BINARY: Final = "lm/lm.binary"
 LM_WORDS: Final = "lm/words.txt"
 MODEL_CARD: Final = "MODEL_CARD.md"
+DEFAULT_PROFILE: Final = "balanced"
 BUNDLE_VARIABLE: Final = "VOXGATE_BUNDLE"
 
 _HASH_BLOCK_BYTES: Final = 1 << 20
@@ -52,6 +54,35 @@ class DecoderSettings(_Part):
     """Tokens below this in a frame are not followed, natural log."""
 
 
+class Profile(_Part):
+    """How a stream is read: a window is a chunk and some frames to its right."""
+
+    chunk_frames: Annotated[int, Field(ge=1)]
+    """Output frames that a window settles."""
+    right_frames: Annotated[int, Field(ge=0)]
+    """Output frames to the right of the chunk that the window sees as well."""
+    window_feature_frames: Annotated[int, Field(ge=1)]
+    """Feature frames of a window, with what the convolutions see ahead."""
+
+
+class Survival(_Part):
+    """Probability that an interim word is in the final result, as logistic regression.
+
+    The log odds are the sum of these weights times what they are named for.
+    """
+
+    intercept: float = 0.0
+    """Added always."""
+    confidence: float = 1.0
+    """For the log odds of the word's confidence."""
+    settled: float = 0.0
+    """For a word whose frames are all settled."""
+    distance: float = 0.0
+    """For log(1 + output frames from the word's end to the last known frame)."""
+    length: float = 0.0
+    """For log(letters)."""
+
+
 class BundleConfig(_Part):
     """`config.json`."""
 
@@ -69,12 +100,26 @@ class BundleConfig(_Part):
     """Phone list of the second head; the blank is phone 0."""
     subsampling: int
     """Feature frames for each output frame."""
+    profiles: Mapping[str, Profile]
+    """How streams may be read, by the name that requests use; `balanced` is the default."""
     decoder: DecoderSettings
     """Defaults of the beam search."""
+    survival: Mapping[str, Survival] = {}
+    """Calibration of interim results, by the kind of final result: decoder, and `+second-pass`."""
     files: Mapping[str, str]
     """SHA-256 of every other file, by path inside the folder."""
     provenance: Mapping[str, Any]
     """Where the model comes from: data, hours, licences, measured error rates."""
+
+    @model_validator(mode="after")
+    def _windows_hold_their_frames(self) -> BundleConfig:
+        for name, profile in self.profiles.items():
+            n_frames = profile.chunk_frames + profile.right_frames
+            if profile.window_feature_frames < n_frames * self.subsampling:
+                raise ValueError(f"the window of profile {name} is too short for its frames")
+        if DEFAULT_PROFILE not in self.profiles:
+            raise ValueError(f"there is no profile {DEFAULT_PROFILE}")
+        return self
 
     @model_validator(mode="after")
     def _blank_comes_first(self) -> BundleConfig:
@@ -95,6 +140,11 @@ class Bundle:
     def offline_graph(self) -> Path:
         """The full-context acoustic model."""
         return self.folder / OFFLINE_GRAPH
+
+    @property
+    def streaming_graph(self) -> Path:
+        """The acoustic model that reads window by window."""
+        return self.folder / STREAMING_GRAPH
 
     @property
     def lm_binary(self) -> Path | None:
@@ -125,7 +175,7 @@ def load_bundle(folder: Path) -> Bundle:
     config = _parse_config(text, path)
     for name, expected in config.files.items():
         _check_file(folder, name, expected)
-    needed = [OFFLINE_GRAPH, *([LM_WORDS] if LM_BINARY in config.files else [])]
+    needed = [OFFLINE_GRAPH, STREAMING_GRAPH, *([LM_WORDS] if LM_BINARY in config.files else [])]
     for name in needed:
         if name not in config.files:
             raise BundleError(f"{path} lists no {name}; export the bundle again")

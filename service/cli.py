@@ -134,11 +134,17 @@ def transcribe(
     n_threads = threads or count_usable_processors()
     recogniser = _load(bundle, n_threads=1, decoder=decoder)
     n_failed, audio_s = 0, 0.0
-    outcomes = run_jobs(
-        recogniser, jobs, decoder=decoder.value, n_best=alternatives, n_threads=n_threads
-    )
     with _progress_bar() as progress:
         task = progress.add_task("transcribing", total=len(jobs))
+        heard = progress.add_task("seconds of audio", total=None)
+        outcomes = run_jobs(
+            recogniser,
+            jobs,
+            decoder=decoder.value,
+            n_best=alternatives,
+            n_threads=n_threads,
+            on_audio=lambda seconds: progress.advance(heard, seconds),
+        )
         for outcome in outcomes:
             progress.advance(task)
             if outcome.transcript is None:
@@ -164,6 +170,10 @@ def evaluate(
     *,
     bundle: BundleOption = None,
     decoder: DecoderOption = DecoderChoice.beam,
+    profile: Annotated[
+        str | None,
+        typer.Option("--profile", metavar="NAME", help="Measure a stream's first pass alone."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
     ] = None,
@@ -177,12 +187,18 @@ def evaluate(
     if not utterances:
         _fail(f"{manifest} lists no recording", status=2)
     recogniser = _load(bundle, n_threads=threads or count_usable_processors(), decoder=decoder)
+    if profile is not None and profile not in recogniser.profiles:
+        _fail(
+            f"there is no profile {profile!r}; the model has {', '.join(recogniser.profiles)}",
+            status=2,
+        )
     with _progress_bar() as progress:
         task = progress.add_task("evaluating", total=len(utterances))
         evaluation = run(
             recogniser,
             utterances,
             decoder=decoder.value,
+            profile=profile,
             on_done=lambda: progress.advance(task),
         )
     _print_evaluation(evaluation)
@@ -234,37 +250,67 @@ def serve(
 
 @app.command()
 def stream(
-    source: Annotated[str, typer.Argument(metavar="FILE|-", help="A recording, or - for stdin.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE|-|mic", help="A recording, stdin, or the microphone.")
+    ],
     *,
     address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
     realtime: Annotated[
         bool, typer.Option("--realtime", help="Send a file no faster than it was spoken.")
     ] = False,
     decoder: DecoderOption = DecoderChoice.beam,
+    profile: Annotated[
+        str, typer.Option("--profile", metavar="NAME", help="fast, balanced or offline.")
+    ] = "",
+    second_pass: Annotated[
+        bool,
+        typer.Option("--second-pass/--no-second-pass", help="Read utterances again at their end."),
+    ] = True,
+    single_utterance: Annotated[
+        bool, typer.Option("--single-utterance", help="End with the first utterance.")
+    ] = False,
     sample_rate: Annotated[
         int, typer.Option("--rate", help="Rate of raw PCM on stdin, Hz; a header needs none.")
     ] = 0,
 ) -> None:
-    """Stream a recording to a server and print results as they come."""
-    from service.client import pace, read_pcm, read_pieces, stream_recognise  # noqa: PLC0415
+    """Stream a recording or the microphone to a server and print results as they come."""
+    from service.client import (  # noqa: PLC0415
+        pace,
+        read_pcm,
+        read_pieces,
+        start,
+        stream_responses,
+    )
+    from service.live_text import print_responses  # noqa: PLC0415
+    from service.microphone import SAMPLE_RATE, record  # noqa: PLC0415
     from service.pb.voxgate.v1 import speech_pb2 as pb  # noqa: PLC0415
 
     recognition = pb.RecognitionConfig(decoder=decoder.name.upper())
     if source == "-":
         recognition.sample_rate_hertz = sample_rate
         pieces = read_pieces(sys.stdin.buffer)
+    elif source == "mic":
+        recognition.encoding = pb.RecognitionConfig.LINEAR16
+        recognition.sample_rate_hertz = SAMPLE_RATE
+        pieces = start(record())
+        _stderr.print("listening; Ctrl-C ends")
     else:
         rate, n_channels, pieces = read_pcm(Path(source))
         recognition.encoding = pb.RecognitionConfig.LINEAR16
         recognition.sample_rate_hertz = rate
         recognition.audio_channel_count = n_channels
-    config = pb.StreamingRecognitionConfig(config=recognition, interim_results=True)
-    for result in stream_recognise(address, pace(pieces) if realtime else pieces, config):
-        mark = "final  " if result.is_final else "interim"
-        end_s = result.result_end_time.ToMilliseconds() / 1000
-        transcript = result.alternatives[0].transcript if result.alternatives else ""
-        sys.stdout.write(f"{mark} {end_s:8.2f}  {transcript}\n")
-        sys.stdout.flush()
+    config = pb.StreamingRecognitionConfig(
+        config=recognition,
+        interim_results=True,
+        profile=profile,
+        disable_second_pass=not second_pass,
+        single_utterance=single_utterance,
+    )
+    responses = stream_responses(address, pace(pieces) if realtime else pieces, config)
+    try:
+        print_responses(responses, sys.stdout)
+    except KeyboardInterrupt:
+        sys.exit(0)
 
 
 @app.command()
@@ -316,7 +362,11 @@ def export(
     ] = None,
     alpha: Annotated[float, typer.Option("--alpha", help="Language model weight.")] = 0.5,
     beta: Annotated[float, typer.Option("--beta", help="Added for each word.")] = 1.0,
-    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Quantise the graph.")] = True,
+    survival: Annotated[
+        Path | None,
+        typer.Option("--survival", metavar="FILE.json", help="Calibration of interim results."),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8/--no-int8", help="Quantise the graphs.")] = True,
     weights: Annotated[
         Path | None,
         typer.Option(
@@ -336,6 +386,7 @@ def export(
         language=language,
         lm=lm,
         decoder=DecoderSettings(alpha=alpha, beta=beta),
+        survival=survival,
         dev=dev,
         notes=notes,
         int8=int8,

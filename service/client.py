@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -23,7 +24,15 @@ _CONNECT_S: Final = 10.0
 def stream_recognise(
     address: str, pieces: Iterable[bytes], config: pb.StreamingRecognitionConfig
 ) -> Iterator[pb.StreamingRecognitionResult]:
-    """Send pieces of audio as they come and yield the results as they come.
+    """`stream_responses`, but the results alone."""
+    for response in stream_responses(address, pieces, config):
+        yield from response.results
+
+
+def stream_responses(
+    address: str, pieces: Iterable[bytes], config: pb.StreamingRecognitionConfig
+) -> Iterator[pb.StreamingRecognizeResponse]:
+    """Send pieces of audio as they come and yield the responses as they come.
 
     Args:
         address: `host:port` of the server.
@@ -44,8 +53,7 @@ def stream_recognise(
             _requests(pieces, config)
         )
         try:
-            for response in responses:
-                yield from response.results
+            yield from responses
         except grpc.RpcError as error:
             raise ServerError(f"{error.code().name}: {error.details()}") from error
 
@@ -96,6 +104,11 @@ def read_pieces(source: BinaryIO) -> Iterator[bytes]:
     read = getattr(source, "read1", source.read)
     while piece := read(_PIECE_BYTES):
         yield piece
+
+
+def start(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Wait for the first piece, so that what keeps a source from starting is raised here."""
+    return chain([next(pieces)], pieces)
 
 
 def pace(pieces: Iterable[bytes], piece_s: float = PIECE_S) -> Iterator[bytes]:

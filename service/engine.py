@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ Provider = Literal["cpu", "cuda"]
 
 INPUTS: Final = ("features", "feature_lengths")
 OUTPUTS: Final = ("token_log_probs", "phone_log_probs", "lengths")
+STATES: Final = ("feature_cache", "convolution_cache", "recurrent_state")
+STREAMING_INPUTS: Final = (*INPUTS, "n_chunk_frames", *STATES)
+STREAMING_OUTPUTS: Final = (*OUTPUTS, *(f"next_{name}" for name in STATES))
 
 _PROVIDERS: Final[dict[Provider, str]] = {
     "cpu": "CPUExecutionProvider",
@@ -26,6 +29,50 @@ _REPAIR: Final = (
     "`make install-gpu` in a checkout, or: pip uninstall -y onnxruntime onnxruntime-gpu && "
     "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 )
+
+
+class StreamState(NamedTuple):
+    """What a window needs of the windows before it, for a batch of streams."""
+
+    features: FloatArray
+    """The last feature frame, normalised, float32, (batch, 1, mel)."""
+    convolved: FloatArray
+    """The last frame of the first convolution, float32, (batch, channel, 1, band)."""
+    recurrent: FloatArray
+    """Forward state of each layer, float32, (batch, layer, part, hidden)."""
+
+
+class StreamingEngine(Protocol):
+    """Maps windows of streams to log_probs and carries their states."""
+
+    def initial_state(self, batch_size: int = 1) -> StreamState:
+        """The state at the start of `batch_size` streams: zeros."""
+        ...
+
+    def step(
+        self,
+        features: FloatArray,
+        feature_lengths: npt.NDArray[np.int64],
+        *,
+        n_chunk_frames: int,
+        state: StreamState,
+    ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
+        """Read one window of each stream.
+
+        Args:
+            features: log-mel energies of a chunk and its right context, float32,
+                (batch, time, mel).
+            feature_lengths: frames of each window, int64, (batch,), at least 1; fewer than `time`
+                only where audio ends.
+            n_chunk_frames: output frames of the chunk.
+            state: what the window before left.
+
+        Returns:
+            Log probabilities of the window, float32, (batch, frames, token): the first
+            `n_chunk_frames` are settled, those behind them know less of what follows; how many
+            frames there are, int64, (batch,); and the state at the end of the chunk.
+        """
+        ...
 
 
 class AcousticEngine(Protocol):
@@ -59,29 +106,73 @@ class OnnxEngine:
         Raises:
             ProviderError: the provider is not there, or two onnxruntime packages are installed.
         """
-        check_installation(provider)
-        if provider == "cuda":
-            onnxruntime.preload_dlls()  # CUDA libraries that pip installed
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = n_threads
-        options.inter_op_num_threads = 1
-        options.enable_mem_pattern = False  # lengths vary: patterns would pile up
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        wanted = _PROVIDERS[provider]
-        self._session = onnxruntime.InferenceSession(str(graph), options, providers=[wanted])
-        active = self._session.get_providers()
-        if wanted not in active:
-            raise ProviderError(
-                f"--provider {provider} was asked for but onnxruntime chose {active}; "
-                f"check the GPU driver and CUDA libraries, or use --provider cpu"
-            )
+        self._session = _open_session(graph, provider=provider, n_threads=n_threads)
 
     def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
         """Compute the token log_probs of a batch; see `AcousticEngine`."""
         inputs = dict(zip(INPUTS, (features, feature_lengths), strict=True))
         outputs = self._session.run([OUTPUTS[0]], inputs)
         return np.asarray(outputs[0], dtype=np.float32)
+
+
+class OnnxStreamingEngine:
+    """An exported streaming graph on the CPU or on a GPU."""
+
+    def __init__(self, graph: Path, *, provider: Provider = "cpu", n_threads: int = 1) -> None:
+        """Load the graph; see `OnnxEngine`.
+
+        Raises:
+            ProviderError: the provider is not there, or two onnxruntime packages are installed.
+        """
+        self._session = _open_session(graph, provider=provider, n_threads=n_threads)
+        shapes = {i.name: i.shape for i in self._session.get_inputs()}
+        self._state_shapes = [tuple(shapes[name][1:]) for name in STATES]
+
+    def initial_state(self, batch_size: int = 1) -> StreamState:
+        """The state at the start of `batch_size` streams: zeros."""
+        return StreamState(
+            *(np.zeros((batch_size, *shape), np.float32) for shape in self._state_shapes)
+        )
+
+    def step(
+        self,
+        features: FloatArray,
+        feature_lengths: npt.NDArray[np.int64],
+        *,
+        n_chunk_frames: int,
+        state: StreamState,
+    ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
+        """Read one window of each stream; see `StreamingEngine`."""
+        values = (features, feature_lengths, np.array(n_chunk_frames, np.int64), *state)
+        wanted = [STREAMING_OUTPUTS[0], *STREAMING_OUTPUTS[2:]]
+        log_probs, lengths, *after = self._session.run(
+            wanted, dict(zip(STREAMING_INPUTS, values, strict=True))
+        )
+        return log_probs, lengths, StreamState(*after)
+
+
+def _open_session(
+    graph: Path, *, provider: Provider, n_threads: int
+) -> onnxruntime.InferenceSession:
+    check_installation(provider)
+    if provider == "cuda":
+        onnxruntime.preload_dlls()  # CUDA libraries that pip installed
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # lengths vary: patterns would pile up
+    options.enable_cpu_mem_arena = False  # the arena would keep what the longest utterance took
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    wanted = _PROVIDERS[provider]
+    session = onnxruntime.InferenceSession(str(graph), options, providers=[wanted])
+    active = session.get_providers()
+    if wanted not in active:
+        raise ProviderError(
+            f"--provider {provider} was asked for but onnxruntime chose {active}; "
+            f"check the GPU driver and CUDA libraries, or use --provider cpu"
+        )
+    return session
 
 
 def check_installation(provider: Provider) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from service.audio import load_audio
+from service.audio import Stopwatch, load_blocks
 from service.errors import AudioError, ManifestError
 from service.manifest import Utterance
 from service.recogniser import DecoderName, Recogniser
@@ -22,7 +22,7 @@ class Evaluation:
     audio_s: float = 0.0
     """Audio recognised, seconds."""
     rtf: dict[str, float] = field(default_factory=dict)
-    """Real-time factor of features, acoustic_model, decoding, and total."""
+    """Real-time factor of features, segmentation, acoustic_model, decoding, and total."""
     failures: list[str] = field(default_factory=list)
     """A message for each recording that could not be recognised; it is not scored."""
 
@@ -45,6 +45,7 @@ def evaluate(
     utterances: Sequence[Utterance],
     *,
     decoder: DecoderName,
+    profile: str | None = None,
     on_done: Callable[[], object] = lambda: None,
 ) -> Evaluation:
     """Recognise utterances and score them against their transcripts.
@@ -53,6 +54,8 @@ def evaluate(
         recogniser: the loaded bundle.
         utterances: recordings with transcripts.
         decoder: how emissions are searched.
+        profile: read each utterance as the first pass of a stream with this profile does; None
+            reads it with full context.
         on_done: called after each utterance.
 
     Raises:
@@ -64,17 +67,24 @@ def evaluate(
     evaluation = Evaluation()
     before = _stages(recogniser)
     for utterance in utterances:
+        duration = Stopwatch(recogniser.sample_rate)
+        blocks = duration.measure(
+            load_blocks(utterance.audio_path, target_rate=recogniser.sample_rate)
+        )
         try:
-            waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
+            segments = list(
+                recogniser.recognise_blocks(blocks, decoder=decoder)
+                if profile is None
+                else recogniser.recognise_first_pass(blocks, decoder=decoder, profile=profile)
+            )
         except AudioError as error:
             evaluation.failures.append(f"{utterance.name}: {error}")
         else:
-            segments = recogniser.recognise(waveform, decoder=decoder)
             transcript = " ".join(s.alternatives[0].transcript for s in segments)
             counts = count_errors([utterance.text or ""], [transcript])
             so_far = evaluation.corpora.get(utterance.corpus, ErrorCounts())
             evaluation.corpora[utterance.corpus] = so_far + counts
-            evaluation.audio_s += len(waveform) / recogniser.sample_rate
+            evaluation.audio_s += duration.seconds
         on_done()
     if evaluation.audio_s > 0:
         spent = {name: s - before[name] for name, s in _stages(recogniser).items()}
@@ -86,6 +96,7 @@ def _stages(recogniser: Recogniser) -> dict[str, float]:
     timings = recogniser.timings
     return {
         "features": timings.features_s,
+        "segmentation": timings.segmentation_s,
         "acoustic_model": timings.acoustic_model_s,
         "decoding": timings.decoding_s,
         "total": timings.total_s,

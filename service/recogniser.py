@@ -1,16 +1,15 @@
 """The recogniser: features in, segments of text with times out.
 
-Files and streams meet here. Audio is recognised in segments: a window of at most 30 s goes through
-the acoustic model, and where more audio follows, the segment ends in the longest pause of its
-second half. Where segments end depends on the audio alone, so a stream gets the text a file gets.
+Files and streams meet here. A recording of at most a minute is recognised whole; a longer one is
+cut into utterances by the endpointing that streams have, and the utterances run as batches.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final, Literal
 
@@ -18,18 +17,30 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from service.bundle import Bundle, load_bundle
+from service.bundle import DEFAULT_PROFILE, Bundle, Profile, Survival, load_bundle
 from service.decoding.greedy import GreedyDecoder
-from service.decoding.hypothesis import Decoder, Hypothesis
+from service.decoding.hypothesis import Decoder, Hypothesis, Word
 from service.decoding.reference import ReferenceDecoder
-from service.engine import AcousticEngine, OnnxEngine, Provider
-from service.features import FeatureSettings, log_mel
+from service.endpointing import EndpointSettings
+from service.engine import (
+    AcousticEngine,
+    OnnxEngine,
+    OnnxStreamingEngine,
+    Provider,
+    StreamingEngine,
+)
+from service.features import FeatureSettings, FeatureStream
+from service.first_pass import FirstPass
+from service.segmenter import Segmenter, Utterance, UtteranceEnded
 from service.text import BLANK, SPACE
 
 FloatArray = npt.NDArray[np.float32]
 DecoderName = Literal["greedy", "beam"]
 
-LONGEST_SEGMENT_S: Final = 30.0
+LONGEST_WHOLE_S: Final = 60.0
+"""A longer recording is cut into utterances."""
+_BATCH_UTTERANCES: Final = 8
+_PIECE_SAMPLES: Final = 160_000  # the front end works in float64: large blocks would cost memory
 _WARM_UP_S: Final = 1.0
 _SILENCE_LOG_ENERGY: Final = -12.0  # below the loudest band of white noise at -90 dBFS
 _NEVER: Final = -100.0
@@ -70,8 +81,6 @@ class Segment:
     """Best first, at least one."""
     end_s: float
     """Where the stretch ends, seconds from the start of the recording."""
-    n_feature_frames: int
-    """Feature frames of the stretch."""
 
 
 @dataclass
@@ -79,13 +88,14 @@ class Timings:
     """Seconds of work by stage; add to it as work is done."""
 
     features_s: float = 0.0
+    segmentation_s: float = 0.0
     acoustic_model_s: float = 0.0
     decoding_s: float = 0.0
 
     @property
     def total_s(self) -> float:
         """Seconds of all stages."""
-        return self.features_s + self.acoustic_model_s + self.decoding_s
+        return self.features_s + self.segmentation_s + self.acoustic_model_s + self.decoding_s
 
 
 @dataclass(frozen=True)
@@ -100,9 +110,16 @@ class Recogniser:
     """The front end the model was trained with."""
     subsampling: int
     """Feature frames for each output frame."""
-    speech_tokens: npt.NDArray[np.int64]
-    """Ids of the tokens that are neither the blank nor the space."""
+    tokens: tuple[str, ...]
+    """Token list, blank first."""
     engine: AcousticEngine
+    """The model with full context."""
+    streaming_engine: StreamingEngine
+    """The model window by window."""
+    profiles: Mapping[str, Profile]
+    """How streams may be read."""
+    survival: Mapping[str, Survival]
+    """Calibration of interim results, by the kind of final result."""
     decoders: Mapping[DecoderName, Decoder]
     timings: Timings = field(default_factory=Timings)
 
@@ -116,16 +133,20 @@ class Recogniser:
         """Seconds of one output frame."""
         return self.subsampling * self.features.hop_ms / 1000
 
-    @property
-    def window_frames(self) -> int:
-        """Feature frames of the longest segment."""
-        return round(LONGEST_SEGMENT_S * 1000 / self.features.hop_ms)
+    def latency_s(self, profile: str) -> float:
+        """Longest time that a profile waits for audio: chunk, right context, front end, seconds."""
+        window = self.profiles[profile].window_feature_frames
+        overlap_s = (self.features.window_ms - self.features.hop_ms) / 1000
+        return window * self.features.hop_ms / 1000 + overlap_s
 
     def warm_up(self) -> None:
         """Run every stage once, so that no request pays for what the first run sets up."""
         silence = np.zeros(int(_WARM_UP_S * self.sample_rate), np.float32)
         for decoder in self.decoders:
             self.recognise(silence, decoder=decoder)
+        for name, profile in self.profiles.items():
+            window = np.zeros((profile.window_feature_frames, self.features.n_mels), np.float32)
+            self.open_first_pass(name).push(window)
 
     def recognise(
         self, waveform: FloatArray, *, decoder: DecoderName, n_best: int = 1
@@ -140,79 +161,199 @@ class Recogniser:
         Returns:
             Consecutive segments, at least one.
         """
-        start = time.perf_counter()
-        features = log_mel(waveform, self.features)
-        self.timings.features_s += time.perf_counter() - start
-        return list(self._segments(features, decoder=decoder, n_best=n_best))
+        return list(self.recognise_blocks([waveform], decoder=decoder, n_best=n_best))
 
-    def _segments(
-        self, features: FloatArray, *, decoder: DecoderName, n_best: int
-    ) -> Iterator[Segment]:
-        first = 0
-        while True:
-            window = features[first : first + self.window_frames]
-            is_last = first + len(window) == len(features)
-            segment = self.recognise_window(
-                window, is_last=is_last, first_frame=first, decoder=decoder, n_best=n_best
-            )
-            yield segment
-            first += segment.n_feature_frames
-            if is_last:
-                return
-
-    def recognise_window(
+    def recognise_blocks(
         self,
-        window: FloatArray,
+        blocks: Iterable[FloatArray],
         *,
-        is_last: bool,
+        decoder: DecoderName,
+        n_best: int = 1,
+        on_audio: Callable[[float], object] = lambda _: None,
+    ) -> Iterator[Segment]:
+        """Recognise a recording that is read block by block; memory does not grow with it.
+
+        Args:
+            blocks: consecutive samples, each as `recognise` takes them.
+            decoder: how emissions are searched.
+            n_best: alternatives wanted for each segment.
+            on_audio: called with the seconds of audio that were dealt with since the last call.
+
+        Yields:
+            Consecutive segments, at least one: the whole recording, or where it is longer than
+            `LONGEST_WHOLE_S` its utterances.
+        """
+        whole, frames = self._take_whole(self._features_of(blocks))
+        if frames is None:
+            yield self.segment(self.emission(whole), first_frame=0, decoder=decoder, n_best=n_best)
+            on_audio(len(whole) * self.features.hop_ms / 1000)
+            return
+        n_feature_frames = 0
+
+        def count(pieces: Iterable[FloatArray]) -> Iterator[FloatArray]:
+            nonlocal n_feature_frames
+            for piece in pieces:
+                n_feature_frames += len(piece)
+                yield piece
+
+        first_frame = 0
+        utterances = self._utterances(count(chain([whole], frames)))
+        for batch in _batches(utterances, _BATCH_UTTERANCES):
+            emissions = self.emissions([utterance.features for utterance in batch])
+            for utterance, emission in zip(batch, emissions, strict=True):
+                yield self.segment(
+                    emission,
+                    first_frame=utterance.first_frame,
+                    earliest_frame=utterance.earliest_frame,
+                    decoder=decoder,
+                    n_best=n_best,
+                )
+                end_frame = utterance.first_frame + len(emission)
+                on_audio((end_frame - first_frame) * self.frame_s)
+                first_frame = end_frame
+        rest_s = n_feature_frames * self.features.hop_ms / 1000 - first_frame * self.frame_s
+        on_audio(max(0.0, rest_s))
+
+    def _features_of(self, blocks: Iterable[FloatArray]) -> Iterator[FloatArray]:
+        stream = FeatureStream(self.features)
+        for block in blocks:
+            for piece in np.array_split(block, 1 + len(block) // _PIECE_SAMPLES):
+                start = time.perf_counter()
+                features = stream.push(piece)
+                self.timings.features_s += time.perf_counter() - start
+                yield features
+
+    def _take_whole(
+        self, frames: Iterator[FloatArray]
+    ) -> tuple[FloatArray, Iterator[FloatArray] | None]:
+        """All features of a short recording and None, or the first ones and the others."""
+        longest = LONGEST_WHOLE_S * 1000 / self.features.hop_ms
+        taken = [np.zeros((0, self.features.n_mels), np.float32)]
+        n_taken = 0
+        for piece in frames:
+            taken.append(piece)
+            n_taken += len(piece)
+            if n_taken > longest:
+                return np.concatenate(taken), frames
+        return np.concatenate(taken), None
+
+    def _utterances(self, frames: Iterable[FloatArray]) -> Iterator[Utterance]:
+        """Cut the features of a long recording into utterances, at least one."""
+        segmenter = self.open_segmenter(DEFAULT_PROFILE, EndpointSettings())
+        n_utterances = 0
+        for piece in frames:
+            start = time.perf_counter()
+            events = list(segmenter.push(piece))
+            self.timings.segmentation_s += time.perf_counter() - start
+            for event in events:
+                if isinstance(event, UtteranceEnded):
+                    n_utterances += 1
+                    yield event.utterance
+        for event in segmenter.finish():
+            if isinstance(event, UtteranceEnded) and (
+                event.utterance.has_speech or n_utterances == 0
+            ):
+                yield event.utterance
+
+    def open_first_pass(self, profile: str) -> FirstPass:
+        """The first pass over a new stream, read as the profile of that name says."""
+        return FirstPass(
+            self.streaming_engine,
+            self.profiles[profile],
+            n_mels=self.features.n_mels,
+            n_tokens=len(self.tokens),
+            subsampling=self.subsampling,
+            mute=self._mute_silence,
+        )
+
+    def recognise_first_pass(
+        self, blocks: Iterable[FloatArray], *, decoder: DecoderName, profile: str
+    ) -> Iterator[Segment]:
+        """Recognise a recording as one utterance, by the first pass of a stream alone.
+
+        Args:
+            blocks: consecutive samples, each as `recognise` takes them.
+            decoder: how emissions are searched.
+            profile: how the stream is read.
+
+        Yields:
+            One segment.
+        """
+        first_pass = self.open_first_pass(profile)
+        emission = []
+        for features in self._features_of(blocks):
+            start = time.perf_counter()
+            emission.append(first_pass.push(features))
+            self.timings.acoustic_model_s += time.perf_counter() - start
+        emission.append(first_pass.finish())
+        yield self.segment(np.concatenate(emission), first_frame=0, decoder=decoder)
+
+    def open_segmenter(self, profile: str, endpointing: EndpointSettings) -> Segmenter:
+        """What cuts a new stream into utterances."""
+        return Segmenter(
+            self.open_first_pass(profile),
+            endpointing,
+            subsampling=self.subsampling,
+            frame_s=self.frame_s,
+            space=self.tokens.index(SPACE) if SPACE in self.tokens else None,
+        )
+
+    def segment(
+        self,
+        emission: FloatArray,
+        *,
         first_frame: int,
+        earliest_frame: int = 0,
         decoder: DecoderName,
         n_best: int = 1,
     ) -> Segment:
-        """Recognise the next segment of a recording.
+        """Decode the emission of one segment.
 
         Args:
-            window: log-mel energies, float32, (time, mel), from the segment's start; at most
-                `window_frames`, and exactly so many unless `is_last`.
-            is_last: whether the recording ends with the window; otherwise the segment ends in a
-                pause inside it.
-            first_frame: feature frames of the recording before the window.
-            decoder: how the emission is searched.
+            emission: log_probs, float32, (frames, token).
+            first_frame: output frames of the recording before it.
+            earliest_frame: where the segment before it ended; the silence between may be in both.
+            decoder: how it is searched.
             n_best: alternatives wanted.
         """
-        emission = self.emission(window)
-        n_feature_frames = len(window)
-        if not is_last:
-            n_frames = _find_pause(emission)
-            n_feature_frames = n_frames * self.subsampling
-            emission = emission[:n_frames]
         start = time.perf_counter()
         hypotheses = self.decoders[decoder].decode(emission, n_best=n_best)
         self.timings.decoding_s += time.perf_counter() - start
-        hop_s = self.features.hop_ms / 1000
-        offset_s = first_frame * hop_s
         return Segment(
-            alternatives=tuple(self._to_alternative(h, offset_s) for h in hypotheses),
-            end_s=offset_s + n_feature_frames * hop_s,
-            n_feature_frames=n_feature_frames,
+            alternatives=tuple(
+                self._to_alternative(h, first_frame, earliest_frame) for h in hypotheses
+            ),
+            end_s=(first_frame + len(emission)) * self.frame_s,
         )
 
-    def emission(self, window: FloatArray) -> FloatArray:
-        """Compute the log_probs of one window of at most `window_frames` feature frames.
+    def emission(self, features: FloatArray) -> FloatArray:
+        """Compute the log_probs of one utterance; see `emissions`."""
+        return self.emissions([features])[0]
+
+    def emissions(self, utterances: Sequence[FloatArray]) -> list[FloatArray]:
+        """Compute the log_probs of utterances with full context, as one batch.
 
         Args:
-            window: log-mel energies, float32, (time, mel).
+            utterances: log-mel energies, float32, each (time, mel).
 
         Returns:
-            Log probabilities, float32, (frames, token).
+            Log probabilities, float32, each (frames, token).
         """
-        if len(window) == 0:
-            return np.zeros((0, 1), np.float32)
+        n_frames = np.array([len(features) for features in utterances])
+        emissions = [np.zeros((0, len(self.tokens)), np.float32) for _ in utterances]
+        filled = np.flatnonzero(n_frames)
+        if len(filled) == 0:
+            return emissions
         start = time.perf_counter()
-        log_probs: FloatArray = self.engine.log_probs(window[None], np.array([len(window)]))[0]
+        batch = np.zeros((len(filled), n_frames.max(), self.features.n_mels), np.float32)
+        for row, i in enumerate(filled):
+            batch[row, : n_frames[i]] = utterances[i]
+        log_probs = self.engine.log_probs(batch, n_frames[filled])
         self.timings.acoustic_model_s += time.perf_counter() - start
-        self._mute_silence(log_probs, window)
-        return log_probs
+        for row, i in enumerate(filled):
+            emissions[i] = log_probs[row, : -(-int(n_frames[i]) // self.subsampling)]
+            self._mute_silence(emissions[i], utterances[i])
+        return emissions
 
     def _mute_silence(self, emission: FloatArray, window: FloatArray) -> None:
         """Allow no speech where the audio is silent: the model has only heard live recordings."""
@@ -220,17 +361,41 @@ class Recogniser:
         loudness = np.full(n_frames * self.subsampling, -np.inf, np.float32)
         loudness[: len(window)] = window.max(axis=1)[: len(loudness)]
         silent = loudness.reshape(n_frames, -1).max(axis=1) < _SILENCE_LOG_ENERGY
-        emission[np.ix_(silent, self.speech_tokens)] = _NEVER
+        speech = [i for i, token in enumerate(self.tokens) if i != BLANK and token != SPACE]
+        emission[np.ix_(silent, speech)] = _NEVER
 
-    def _to_alternative(self, hypothesis: Hypothesis, offset_s: float) -> Alternative:
-        words = tuple(
-            TimedWord(
-                text=word.text,
-                start_s=offset_s + word.start_frame * self.frame_s,
-                end_s=offset_s + word.end_frame * self.frame_s,
-                confidence=min(1.0, max(0.0, word.confidence)),
+    def timed_words(
+        self, words: Iterable[Word], *, first_frame: int = 0, earliest_frame: int = 0
+    ) -> tuple[TimedWord, ...]:
+        """A decoder's words on the clock of the recording.
+
+        Args:
+            words: in order.
+            first_frame: output frames of the recording before those that the words count from.
+            earliest_frame: no word begins before it.
+
+        Returns:
+            The words; each lasts at least a frame, none begins before the one before it ended.
+        """
+        timed = []
+        for word in words:
+            start_frame = max(earliest_frame, first_frame + word.start_frame)
+            earliest_frame = max(start_frame + 1, first_frame + word.end_frame)
+            timed.append(
+                TimedWord(
+                    text=word.text,
+                    start_s=start_frame * self.frame_s,
+                    end_s=earliest_frame * self.frame_s,
+                    confidence=min(1.0, max(0.0, word.confidence)),
+                )
             )
-            for word in hypothesis.words
+        return tuple(timed)
+
+    def _to_alternative(
+        self, hypothesis: Hypothesis, first_frame: int, earliest_frame: int
+    ) -> Alternative:
+        words = self.timed_words(
+            hypothesis.words, first_frame=first_frame, earliest_frame=earliest_frame
         )
         return Alternative(words, score=hypothesis.score, confidence=hypothesis.confidence)
 
@@ -262,10 +427,13 @@ def load_recogniser(
         language=config.language,
         features=config.features,
         subsampling=config.subsampling,
-        speech_tokens=np.array(
-            [i for i, token in enumerate(config.tokens) if i != BLANK and token != SPACE]
-        ),
+        tokens=config.tokens,
         engine=OnnxEngine(bundle.offline_graph, provider=provider, n_threads=n_threads),
+        streaming_engine=OnnxStreamingEngine(
+            bundle.streaming_graph, provider=provider, n_threads=n_threads
+        ),
+        profiles=config.profiles,
+        survival=config.survival,
         decoders={name: _make_decoder(name, bundle) for name in decoders},
     )
     recogniser.warm_up()
@@ -283,14 +451,7 @@ def _make_decoder(name: DecoderName, bundle: Bundle) -> Decoder:
     )
 
 
-def _find_pause(emission: FloatArray) -> int:
-    """The output frame in the middle of the longest run of blanks in the second half."""
-    first = len(emission) // 2
-    frame = first
-    longest, middle = 0, len(emission)
-    for is_blank, group in groupby(emission[first:].argmax(axis=1) == BLANK):
-        n_frames = len(list(group))
-        if is_blank and n_frames > longest:
-            longest, middle = n_frames, frame + (n_frames + 1) // 2
-        frame += n_frames
-    return middle
+def _batches(utterances: Iterable[Utterance], size: int) -> Iterator[list[Utterance]]:
+    waiting = iter(utterances)
+    while batch := list(islice(waiting, size)):
+        yield batch

@@ -1,30 +1,79 @@
 """One stream: bytes in, results out; no socket and no clock.
 
-The final results are those of the whole recording, however the bytes were cut. Interim results are
-greedy readings of the audio since the last final one.
+The first pass reads the audio window by window as it arrives; its greedy reading gives the interim
+results. Where an utterance ends, the second pass reads it again with full context, and its decoding
+is the final result; a request can do without it. Events and final results depend on the audio
+alone, however its bytes were cut.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Final
 
-import numpy as np
-
 from service.audio import AudioFormat, AudioStream
+from service.bundle import DEFAULT_PROFILE, Survival
+from service.decoding.greedy import GreedyDecoder
+from service.decoding.hypothesis import Word
+from service.endpointing import EndpointSettings
+from service.errors import RequestError
 from service.features import FeatureStream
-from service.recogniser import DecoderName, FloatArray, Recogniser, Segment
+from service.recogniser import (
+    Alternative,
+    DecoderName,
+    FloatArray,
+    Recogniser,
+    Segment,
+)
+from service.segmenter import Event, SpeechBegan, Utterance, UtteranceEnded
+from service.stability import SETTLING_PROBABILITY, survival_probability
 
-_INTERIM_EVERY_S: Final = 0.5
+OFFLINE_PROFILE: Final = "offline"
+"""The profile without interim results: every result is read with full context."""
+_LEAST_STABLE: Final = 0.91  # 0.9 itself is less than 0.9 in a message's 32 bits
+_MOST_TENTATIVE: Final = 0.89
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a stream is told."""
+    """A reading of a stretch of the audio."""
 
     segment: Segment
     is_final: bool
     """Whether this stretch of the audio is settled."""
+    stability: float = 0.0
+    """Probability that an interim result survives; at least 0.9 for what is committed."""
+
+
+class SpeechEvent(Enum):
+    """What happened in the audio."""
+
+    SPEECH_BEGAN = "speech began"
+    SPEECH_ENDED = "speech ended"
+    END_OF_SINGLE_UTTERANCE = "end of single utterance"
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a stream is told at once: an event, or results that follow each other in time."""
+
+    results: tuple[Result, ...] = ()
+    """One final result, or interim ones: what is committed, then what may still change."""
+    event: SpeechEvent | None = None
+    time_s: float = 0.0
+    """When the event happened, seconds from the start of the stream."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The greedy words of a running utterance; frames count from the start of the stream."""
+
+    words: list[Word]
+    settled_end: int
+    known_end: int
 
 
 class Session:
@@ -38,70 +87,224 @@ class Session:
         decoder: DecoderName,
         n_best: int = 1,
         interim_results: bool = False,
+        profile: str = DEFAULT_PROFILE,
+        second_pass: bool = True,
+        endpointing: EndpointSettings = EndpointSettings(),  # noqa: B008  # it is frozen
+        single_utterance: bool = False,
+        speech_events: bool = False,
     ) -> None:
+        """Open a stream.
+
+        Args:
+            recogniser: the loaded model.
+            audio_format: what the sender says about its bytes.
+            decoder: how final results are searched.
+            n_best: alternatives wanted in a final result.
+            interim_results: whether results that may still change are wanted.
+            profile: one of the model's, or `offline`, which gives final results only.
+            second_pass: whether an utterance is read again with full context when it ends.
+            endpointing: when utterances begin and end.
+            single_utterance: whether the stream ends with its first utterance.
+            speech_events: whether the beginning and end of speech are told.
+
+        Raises:
+            RequestError: there is no such profile, or it needs what was declined.
+        """
+        is_offline = profile == OFFLINE_PROFILE
+        if is_offline and not second_pass:
+            raise RequestError(
+                "the profile offline is the second pass; ask for another profile to do without it"
+            )
+        if not is_offline and profile not in recogniser.profiles:
+            raise RequestError(
+                f"there is no profile {profile!r}; this model has "
+                f"{', '.join([*recogniser.profiles, OFFLINE_PROFILE])}"
+            )
         self._recogniser = recogniser
         self._decoder: DecoderName = decoder
         self._n_best = n_best
-        self._interim_results = interim_results
+        self._interim_results = interim_results and not is_offline
+        self._second_pass = second_pass
+        self._single_utterance = single_utterance
+        self._speech_events = speech_events
         self._audio = AudioStream(audio_format, target_rate=recogniser.sample_rate)
         self._features = FeatureStream(recogniser.features)
-        self._window = np.zeros((0, recogniser.features.n_mels), np.float32)
-        self._first_frame = 0
-        self._reported_frames = 0
-        hop_s = recogniser.features.hop_ms / 1000
-        self._interim_frames = round(_INTERIM_EVERY_S / hop_s)
+        self._segmenter = recogniser.open_segmenter(
+            DEFAULT_PROFILE if is_offline else profile, endpointing
+        )
+        self._survival = recogniser.survival.get(
+            f"{decoder}+second-pass" if second_pass else decoder, Survival()
+        )
+        self._greedy = GreedyDecoder(recogniser.tokens)
+        self._committed: list[Word] = []
+        self._stability = 1.0  # of the committed words
+        self._has_final = False
+        self.is_done = False
+        """Whether the single utterance that was wanted has ended; what follows is ignored."""
 
-    def push(self, data: bytes) -> list[Result]:
-        """Take the next audio bytes; return what they settle, and at most one interim result.
+    def push(self, data: bytes) -> list[Update]:
+        """Take the next audio bytes; return what they settle, and at most one interim update.
 
         Raises:
             InputError: the bytes are no audio, broken, or contradict what was said of them.
         """
-        results = self._advance(self._audio.push(data))
-        if self._interim_results and self._interim_is_due():
-            results.append(self._interim())
-        return results
+        return [] if self.is_done else self._advance(self._audio.push(data))
 
-    def finish(self) -> list[Result]:
-        """Say that the audio is complete; return the last final results.
+    def end_utterance(self) -> list[Update]:
+        """End the running utterance here, whatever the endpointing thinks."""
+        return [] if self.is_done else self._handle(self._segmenter.end_utterance())
+
+    def finish(self) -> Iterator[Update]:
+        """Say that the audio is complete; yield the last results as they are found.
+
+        A stream that held any audio has at least one final result, be it empty.
 
         Raises:
             InputError: what arrived is no audio, broken, or contradicts what was said of it.
         """
-        results = self._advance(self._audio.finish())
-        if self._audio.n_bytes == 0:
-            return results
-        results.append(Result(self._recognise(is_last=True), is_final=True))
-        return results
+        for block in () if self.is_done else self._audio.drain():
+            yield from self._advance(block)
+            if self.is_done:
+                return
+        if self._audio.n_bytes > 0 and not self.is_done:
+            yield from self._handle(self._segmenter.finish(), must_answer=not self._has_final)
 
-    def _advance(self, waveform: FloatArray) -> list[Result]:
-        """Add samples; settle whole segments while more than a window is waiting."""
-        frames = self._features.push(waveform)
-        self._window = np.concatenate([self._window, frames])
-        results = []
-        while len(self._window) > self._recogniser.window_frames:
-            segment = self._recognise(is_last=False)
-            self._window = self._window[segment.n_feature_frames :]
-            self._first_frame += segment.n_feature_frames
-            self._reported_frames = 0
-            results.append(Result(segment, is_final=True))
-        return results
+    def _advance(self, waveform: FloatArray) -> list[Update]:
+        return self._handle(self._segmenter.push(self._features.push(waveform)))
 
-    def _recognise(self, *, is_last: bool) -> Segment:
-        return self._recogniser.recognise_window(
-            self._window[: self._recogniser.window_frames],
-            is_last=is_last,
-            first_frame=self._first_frame,
+    def _handle(self, events: Iterable[Event], *, must_answer: bool = False) -> list[Update]:
+        """What the events are told as; the last interim reading of several is enough."""
+        updates: list[Update] = []
+        reading: _Reading | None = None
+        for event in events:
+            if isinstance(event, SpeechBegan):
+                updates += self._tell(SpeechEvent.SPEECH_BEGAN, event.frame)
+            elif isinstance(event, UtteranceEnded):
+                updates += self._end(event.utterance, must_answer=must_answer)
+                reading = None
+                if self.is_done:
+                    return updates
+            elif self._interim_results:
+                reading = self._read_running()
+                self._commit(reading, everything=event.is_pause)
+        return updates + (self._interim(reading) if reading is not None else [])
+
+    def _end(self, utterance: Utterance, *, must_answer: bool) -> list[Update]:
+        """The final result of an utterance, unless nothing was said after all."""
+        if not utterance.has_speech and not must_answer:
+            return []
+        updates = []
+        segment = self._read(utterance)
+        end_frame = utterance.first_frame + len(utterance.log_probs)
+        self._committed = [word for word in self._committed if word.start_frame >= end_frame]
+        if not self._committed:
+            self._stability = 1.0
+        if utterance.has_speech:
+            updates += self._tell(SpeechEvent.SPEECH_ENDED, end_frame)
+        if segment.alternatives[0].words or must_answer:
+            if self._single_utterance:
+                self.is_done = True
+                time_s = end_frame * self._recogniser.frame_s
+                updates.append(Update(event=SpeechEvent.END_OF_SINGLE_UTTERANCE, time_s=time_s))
+            updates.append(Update((Result(segment, is_final=True),)))
+            self._has_final = True
+        return updates
+
+    def _read(self, utterance: Utterance) -> Segment:
+        """Decode an utterance, after the second pass where it is wanted."""
+        emission = utterance.log_probs
+        if self._second_pass:
+            emission = self._recogniser.emission(utterance.features)
+        segment = self._recogniser.segment(
+            emission,
+            first_frame=utterance.first_frame,
+            earliest_frame=utterance.earliest_frame,
             decoder=self._decoder,
             n_best=self._n_best,
         )
-
-    def _interim_is_due(self) -> bool:
-        return len(self._window) - self._reported_frames >= self._interim_frames
-
-    def _interim(self) -> Result:
-        self._reported_frames = len(self._window)
-        segment = self._recogniser.recognise_window(
-            self._window, is_last=True, first_frame=self._first_frame, decoder="greedy"
+        if self._second_pass or not self._committed:
+            return segment
+        end_frame = utterance.first_frame + len(emission)
+        words = self._greedy_words(emission, utterance.first_frame)
+        kept = self._alternative(
+            [word for word in words if word.start_frame < end_frame],
+            earliest_frame=utterance.earliest_frame,
         )
-        return Result(segment, is_final=False)
+        best = replace(kept, score=segment.alternatives[0].score)
+        return replace(segment, alternatives=(best, *segment.alternatives[1:]))
+
+    def _tell(self, event: SpeechEvent, frame: int) -> list[Update]:
+        if not self._speech_events:
+            return []
+        return [Update(event=event, time_s=frame * self._recogniser.frame_s)]
+
+    def _greedy_words(self, log_probs: FloatArray, first_frame: int) -> list[Word]:
+        """The greedy words, their frames counted from the start of the stream.
+
+        Those that are committed stay as they are.
+        """
+        start = self._committed[-1].end_frame if self._committed else 0
+        words = (
+            replace(
+                word,
+                start_frame=first_frame + word.start_frame,
+                end_frame=first_frame + word.end_frame,
+            )
+            for word in self._greedy.decode(log_probs)[0].words
+        )
+        return [*self._committed, *(word for word in words if word.start_frame >= start)]
+
+    def _read_running(self) -> _Reading:
+        """The greedy words of the running utterance as far as it is known."""
+        first_frame = self._segmenter.first_frame
+        log_probs = self._segmenter.log_probs()
+        return _Reading(
+            self._greedy_words(log_probs, first_frame),
+            settled_end=first_frame + self._segmenter.n_settled,
+            known_end=first_frame + len(log_probs),
+        )
+
+    def _commit(self, reading: _Reading, *, everything: bool) -> None:
+        """Commit the words that will most likely stay; a committed word is never taken back."""
+        if self._decoder != "greedy" and not self._second_pass:
+            return  # nothing says what the beam search will make of these log_probs
+        words = reading.words
+        for number in range(len(self._committed), len(words)):
+            following = words[number + 1 : number + 2]
+            is_complete = any(word.start_frame < reading.settled_end for word in following)
+            probability = self._survival_probability(words[number], reading)
+            if not everything and not (is_complete and probability >= SETTLING_PROBABILITY):
+                return
+            self._committed.append(words[number])
+            self._stability = min(self._stability, probability)
+
+    def _survival_probability(self, word: Word, reading: _Reading) -> float:
+        is_greedy = not self._second_pass and self._decoder == "greedy"
+        if is_greedy and word.end_frame < reading.settled_end:
+            return 1.0  # the final result reads the same log_probs in the same way
+        return survival_probability(
+            word, self._survival, n_settled=reading.settled_end, n_known=reading.known_end
+        )
+
+    def _interim(self, reading: _Reading) -> list[Update]:
+        """What is known of the running utterance: the committed words, then the others."""
+        tail = reading.words[len(self._committed) :]
+        results = []
+        if self._committed:
+            end_s = self._committed[-1].end_frame * self._recogniser.frame_s
+            settled = Segment((self._alternative(self._committed),), end_s=end_s)
+            stability = max(_LEAST_STABLE, self._stability)
+            results.append(Result(settled, is_final=False, stability=stability))
+        if tail:
+            probabilities = [self._survival_probability(word, reading) for word in tail]
+            stability = min(_MOST_TENTATIVE, math.prod(probabilities))
+            end_s = reading.known_end * self._recogniser.frame_s
+            segment = Segment((self._alternative(tail),), end_s=end_s)
+            results.append(Result(segment, is_final=False, stability=stability))
+        return [Update(tuple(results))] if results else []
+
+    def _alternative(self, words: Sequence[Word], *, earliest_frame: int = 0) -> Alternative:
+        """Words whose frames count from the start of the stream, as a reading without a score."""
+        timed = self._recogniser.timed_words(words, earliest_frame=earliest_frame)
+        confidence = sum(word.confidence for word in timed) / max(1, len(timed))
+        return Alternative(timed, score=0.0, confidence=confidence)

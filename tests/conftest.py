@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 
+from service.audio import load_audio
 from service.manifest import Utterance, read_manifest
 from service.pb.voxgate.v1 import speech_pb2_grpc
-from service.recogniser import Recogniser, load_recogniser
+from service.recogniser import FloatArray, Recogniser, load_recogniser
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +34,28 @@ def clips() -> list[Utterance]:
 @pytest.fixture(scope="session")
 def recogniser(shipped_bundle: Path) -> Recogniser:
     return load_recogniser(shipped_bundle)
+
+
+@pytest.fixture(scope="session")
+def waveforms(recogniser: Recogniser, clips: list[Utterance]) -> list[FloatArray]:
+    """The samples of the example clips."""
+    return [load_audio(clip.audio_path, target_rate=recogniser.sample_rate) for clip in clips]
+
+
+def noise(seconds: float, *, level: float = 3e-4) -> FloatArray:
+    """White noise at 16 kHz; as it is, the noise of a quiet room."""
+    draws = np.random.default_rng(0).normal(0, level, round(seconds * 16_000))
+    return draws.astype(np.float32)
+
+
+def join_with_pauses(waveforms: list[FloatArray], *, pause_s: float = 1.0) -> FloatArray:
+    """Recordings one after another, a quiet pause behind each."""
+    return np.concatenate([part for w in waveforms for part in (w, noise(pause_s))])
+
+
+def to_pcm(waveform: FloatArray) -> bytes:
+    """16-bit little-endian samples."""
+    return (np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,17 @@ import numpy.typing as npt
 import pytest
 import soundfile
 
-from service.audio import AudioFormat, AudioStream, Encoding, decode_audio, load_audio
+from service import audio
+from service.audio import (
+    AudioFormat,
+    AudioStream,
+    Encoding,
+    Stopwatch,
+    decode_blocks,
+    load_audio,
+    load_blocks,
+    resample,
+)
 from service.errors import AudioError, InputError, RequestError
 
 FloatArray = npt.NDArray[np.float32]
@@ -85,8 +95,12 @@ def pcm16_wav(samples: FloatArray, *, n_channels: int = 1, sample_rate: int = RA
     return wav(layout, chunk(b"data", pcm16(samples)))
 
 
-def decode(data: bytes, audio_format: AudioFormat | None = None) -> FloatArray:
-    return decode_audio(data, audio_format or AudioFormat(), target_rate=RATE)
+def decode(
+    data: bytes, audio_format: AudioFormat | None = None, *, target_rate: int = RATE
+) -> FloatArray:
+    """A whole recording that is sent in one piece."""
+    blocks = decode_blocks([data], audio_format or AudioFormat(), target_rate=target_rate)
+    return np.concatenate(list(blocks))
 
 
 def decode_in_chunks(
@@ -318,7 +332,7 @@ def test_decode_removes_what_the_target_rate_cannot_hold() -> None:
 @pytest.mark.parametrize("target_rate", [8_000, 16_000, 22_050])
 def test_decode_gives_the_rate_asked_for(target_rate: int) -> None:
     data = pcm16_wav(tone(500, sample_rate=RATE))
-    decoded = decode_audio(data, AudioFormat(), target_rate=target_rate)
+    decoded = decode(data, target_rate=target_rate)
     expected = tone(500, sample_rate=target_rate)
     assert len(decoded) == len(expected)
     np.testing.assert_allclose(decoded[500:-500], expected[500:-500], atol=1e-3)
@@ -498,7 +512,7 @@ def test_other_containers_are_refused_by_name(container: str, name: str, tmp_pat
     with pytest.raises(AudioError, match=f"the data is {name}, which is not decoded here; convert"):
         load_audio(path, target_rate=RATE)
     with pytest.raises(AudioError, match=name):
-        decode_audio(path.read_bytes(), AudioFormat(), target_rate=RATE)
+        decode(path.read_bytes())
 
 
 def test_load_audio_refuses_pcm_without_header(tmp_path: Path) -> None:
@@ -667,7 +681,7 @@ def test_decode_refuses_a_compressed_file_truncated_in_its_header(container: str
     data = encode(speech()[:RATE], container=container)[:40]
     said = AudioFormat(header_required=True)
     with pytest.raises(AudioError, match=r"encode it again|convert the recording"):
-        decode_audio(data, said, target_rate=RATE)
+        decode(data, said)
 
 
 # --- whatever arrives ----------------------------------------------------------------------------
@@ -721,3 +735,75 @@ def test_decode_raises_only_input_errors_on_mutated_files(container: str, subtyp
         assert result == outcome(mutated.tobytes(), [])
         kinds.add(type(result))
     assert kinds == {str, list}  # some were refused, some were decoded
+
+
+# --- block by block ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("container", "sample_rate"), [("WAV", RATE), ("FLAC", 44_100), ("OGG", 48_000)]
+)
+def test_blocks_join_to_the_whole_recording(
+    container: str, sample_rate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "clip.audio"
+    path.write_bytes(encode(noise(30_000), container=container, sample_rate=sample_rate))
+    whole = load_audio(path, target_rate=RATE)
+    monkeypatch.setattr(audio, "_BLOCK_FRAMES", 7_000)
+    monkeypatch.setattr(audio, "_PIECE_BYTES", 5_000)
+    blocks = list(load_blocks(path, target_rate=RATE))
+    assert np.array_equal(np.concatenate(blocks), whole)
+    assert max(len(block) for block in blocks) < len(whole) / 2
+
+
+@pytest.mark.parametrize("container", ["WAV", "FLAC", "MP3"])
+def test_drain_gives_in_blocks_what_finish_gives_at_once(
+    container: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(noise(20_000), container=container, sample_rate=32_000)
+    streams = [AudioStream(AudioFormat(), target_rate=RATE) for _ in range(2)]
+    pushed = [stream.push(data) for stream in streams]
+    assert np.array_equal(pushed[0], pushed[1])
+    monkeypatch.setattr(audio, "_BLOCK_FRAMES", 3_000)
+    blocks = list(streams[0].drain())
+    assert np.array_equal(np.concatenate(blocks), streams[1].finish())
+
+
+def test_blocks_of_no_bytes_are_refused() -> None:
+    for pieces in ([], [b"", b""]):
+        with pytest.raises(AudioError, match="no bytes at all"):
+            list(decode_blocks(pieces, AudioFormat(), target_rate=RATE))
+
+
+def test_blocks_come_before_what_is_broken_behind_them() -> None:
+    samples = noise(4_000)
+    samples[3_000] = np.nan
+    data = encode(samples, container="WAV", subtype="FLOAT")
+    blocks = decode_blocks([data[:8_000], data[8_000:]], AudioFormat(), target_rate=RATE)
+    assert len(next(blocks)) > 1_000
+    with pytest.raises(AudioError, match="not numbers"):
+        list(blocks)
+
+
+@pytest.mark.parametrize("source_rate", [8_000, 22_050, 44_100, RATE])
+def test_resample_equals_a_stream_sample_for_sample(source_rate: int) -> None:
+    samples = noise(source_rate // 2)
+    stream = AudioStream(AudioFormat(Encoding.LINEAR16, source_rate), target_rate=RATE)
+    data = pcm16(samples)
+    streamed = [stream.push(data[i : i + 1_001]) for i in range(0, len(data), 1_001)]
+    waveform = (np.frombuffer(data, "<i2") / 32768).astype(np.float32)
+    resampled = resample(waveform, source_rate, RATE)
+    assert np.array_equal(np.concatenate([*streamed, stream.finish()]), resampled)
+    assert len(resampled) == pytest.approx(RATE / 2, abs=2)
+
+
+def test_stopwatch_counts_what_passes_and_changes_nothing() -> None:
+    blocks = [noise(n)[:, 0] for n in (0, 1_600, 800)]
+    stopwatch = Stopwatch(RATE)
+    passing = stopwatch.measure(blocks)
+    assert stopwatch.seconds == 0.0
+    assert [next(passing) is block for block in blocks[:2]] == [True, True]
+    assert stopwatch.seconds == pytest.approx(0.1)
+    assert next(passing) is blocks[2]
+    assert list(passing) == []
+    assert stopwatch.seconds == pytest.approx(0.15)

@@ -1,27 +1,33 @@
-"""The bundle and the engine: what does not fit is refused with its name and the fix."""
+"""The bundle: what does not fit is refused with its name and the fix."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 from conftest import CHECKOUT
 
 import service
-from service.bundle import BundleConfig, DecoderSettings, find_bundle, hash_file, load_bundle
-from service.engine import OnnxEngine, check_installation
-from service.errors import BundleError, ProviderError
+from service.bundle import (
+    BundleConfig,
+    DecoderSettings,
+    Profile,
+    Survival,
+    find_bundle,
+    hash_file,
+    load_bundle,
+)
+from service.errors import BundleError
 from service.features import FeatureSettings
 
 _FILES = {
     "offline.onnx": b"a graph" * 100,
+    "streaming.onnx": b"another graph" * 100,
     "lm/lm.binary": b"a language model",
     "lm/words.txt": b"a\nbad\ncab\n",
     "MODEL_CARD.md": b"# tiny\n",
@@ -30,20 +36,22 @@ _FILES = {
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    """A bundle that is whole, though its graph and language model are none."""
+    """A bundle that is whole, though its graphs and language model are none."""
     folder = tmp_path / "bundle"
     for name, content in _FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     config = BundleConfig(
-        format_version=1,
+        format_version=2,
         name="tiny",
         language="en-US",
         features=FeatureSettings(),
         tokens=("<blank>", " ", "a"),
         phones=("<blank>", "AH"),
         subsampling=4,
+        profiles={"balanced": Profile(chunk_frames=8, right_frames=4, window_feature_frames=48)},
         decoder=DecoderSettings(),
+        survival={"beam": Survival(intercept=-0.5, confidence=0.75)},
         files={name: hashlib.sha256(content).hexdigest() for name, content in _FILES.items()},
         provenance={"trained_on": "tones"},
     )
@@ -65,6 +73,7 @@ def test_shipped_bundle_is_whole(shipped_bundle: Path) -> None:
     loaded = load_bundle(shipped_bundle)
     assert loaded.config.name == "en-small"
     assert loaded.offline_graph.is_file()
+    assert loaded.streaming_graph.is_file()
     assert len(loaded.read_words()) > 50_000
     assert sum(p.stat().st_size for p in shipped_bundle.rglob("*")) < 80e6
 
@@ -73,10 +82,18 @@ def test_load_bundle_finds_every_part(bundle: Path) -> None:
     loaded = load_bundle(bundle)
     assert loaded.folder == bundle
     assert loaded.offline_graph == bundle / "offline.onnx"
+    assert loaded.streaming_graph == bundle / "streaming.onnx"
     assert loaded.lm_binary == bundle / "lm" / "lm.binary"
     assert loaded.read_words() == ["a", "bad", "cab"]
     assert loaded.config.tokens == ("<blank>", " ", "a")
     assert loaded.config.decoder == DecoderSettings()
+    assert loaded.config.profiles["balanced"].window_feature_frames == 48
+    assert loaded.config.survival["beam"].confidence == 0.75
+
+
+def test_bundle_without_a_calibration_has_none(bundle: Path) -> None:
+    _change(bundle, lambda c: c.pop("survival"))
+    assert load_bundle(bundle).config.survival == {}
 
 
 def test_bundle_without_a_language_model_has_no_words(bundle: Path) -> None:
@@ -113,7 +130,8 @@ def test_file_cut_short_is_named(bundle: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=99), "format version 99.*reads 1.*export"),
+        (lambda c: c.update(format_version=99), "format version 99.*reads 2.*export"),
+        (lambda c: c.update(format_version=1), "format version 1.*reads 2.*export"),
         (lambda c: c.update(surprise=1), "surprise: Extra.*export the bundle again"),
         (lambda c: c["decoder"].update(alfa=1), r"decoder\.alfa: Extra"),
         (lambda c: c.pop("tokens"), "tokens: Field required"),
@@ -122,7 +140,27 @@ def test_file_cut_short_is_named(bundle: Path, name: str) -> None:
         (lambda c: c["phones"].reverse(), "token 0 and phone 0 must be <blank>"),
         (lambda c: c["features"].update(n_mels=0), r"features\.n_mels"),
         (lambda c: c["decoder"].update(beam_width=0), r"decoder\.beam_width"),
+        (lambda c: c.pop("profiles"), "profiles: Field required"),
+        (lambda c: c["profiles"].clear(), "there is no profile balanced"),
+        (
+            lambda c: c["profiles"]["balanced"].update(window_feature_frames=47),
+            "the window of profile balanced is too short",
+        ),
+        (
+            lambda c: c["profiles"]["balanced"].update(chunk_frames=0),
+            r"profiles\.balanced\.chunk_frames",
+        ),
+        (
+            lambda c: c["profiles"]["balanced"].update(right_frames=-1),
+            r"profiles\.balanced\.right_frames",
+        ),
+        (
+            lambda c: c["profiles"]["balanced"].pop("window_feature_frames"),
+            r"window_feature_frames",
+        ),
+        (lambda c: c["survival"]["beam"].update(age=1), r"survival\.beam\.age: Extra"),
         (lambda c: c["files"].pop("offline.onnx"), r"lists no offline\.onnx; export"),
+        (lambda c: c["files"].pop("streaming.onnx"), r"lists no streaming\.onnx; export"),
     ],
 )
 def test_config_that_does_not_fit_is_refused(
@@ -141,8 +179,8 @@ def test_config_without_tokens_is_refused(bundle: Path, name: str) -> None:
 
 
 def test_config_of_a_later_format_is_refused_as_such(bundle: Path) -> None:
-    _change(bundle, lambda c: c.update(format_version=2, streaming=True))
-    with pytest.raises(BundleError, match="format version 2"):
+    _change(bundle, lambda c: c.update(format_version=3, surprise=True))
+    with pytest.raises(BundleError, match="format version 3"):
         load_bundle(bundle)
 
 
@@ -203,50 +241,3 @@ def test_find_bundle_without_any_names_both_places(
     shipped = tmp_path.resolve() / "bundles" / "en-small"
     with pytest.raises(BundleError, match=f"VOXGATE_BUNDLE is not set and {shipped} .*--bundle"):
         find_bundle(None)
-
-
-# The engine
-
-
-def test_cuda_that_is_not_there_is_refused_with_the_repair(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(  # so it is here, but not on every machine
-        onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"]
-    )
-    with pytest.raises(ProviderError, match=r"make install-gpu.*--provider cpu") as raised:
-        OnnxEngine(bundle / "offline.onnx", provider="cuda")
-    assert "--provider cuda was asked for" in str(raised.value)
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in str(raised.value)
-    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in str(raised.value)
-
-
-def _install(folder: Path, distribution: str) -> None:
-    """What pip leaves of a distribution: its metadata."""
-    metadata = folder / f"{distribution.replace('-', '_')}-1.0.dist-info" / "METADATA"
-    metadata.parent.mkdir(parents=True)
-    metadata.write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-
-
-@pytest.mark.parametrize("provider", ["cpu", "cuda"])
-def test_two_onnxruntime_packages_are_refused(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, provider: Any
-) -> None:
-    for distribution in ("onnxruntime", "onnxruntime-gpu"):
-        _install(tmp_path / "packages", distribution)
-    check_installation("cpu")
-    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
-    with pytest.raises(ProviderError, match=r"both installed.*make install-gpu"):
-        OnnxEngine(bundle / "offline.onnx", provider=provider)
-
-
-def test_engine_runs_the_shipped_graph_for_any_length_and_batch(shipped_bundle: Path) -> None:
-    loaded = load_bundle(shipped_bundle)
-    engine = OnnxEngine(loaded.offline_graph, n_threads=min(2, os.cpu_count() or 1))
-    for n_utterances, n_frames in ((1, 1), (1, 99), (3, 40)):
-        features = np.full((n_utterances, n_frames, loaded.config.features.n_mels), -8, np.float32)
-        log_probs = engine.log_probs(features, np.full(n_utterances, n_frames))
-        n_output = -(-n_frames // loaded.config.subsampling)
-        assert log_probs.shape == (n_utterances, n_output, len(loaded.config.tokens))
-        assert log_probs.dtype == np.float32
-        np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 1.0, atol=1e-4)

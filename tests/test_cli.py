@@ -188,7 +188,8 @@ def test_evaluate_writes_the_documented_json(tmp_path: Path) -> None:
     assert set(figures["total"]) == fields
     assert figures["corpora"] == {"librispeech-dev-clean": figures["total"]}
     assert figures["total"]["n_words"] == 110
-    assert set(figures["rtf"]) == {"features", "acoustic_model", "decoding", "total"}
+    stages = {"features", "segmentation", "acoustic_model", "decoding", "total"}
+    assert set(figures["rtf"]) == stages
     parts = sum(figures["rtf"][k] for k in ("features", "acoustic_model", "decoding"))
     assert figures["rtf"]["total"] == pytest.approx(parts)
     assert "librispeech-dev-clean" in result.stdout
@@ -232,6 +233,50 @@ def test_stream_prints_interim_and_final_results(
     assert kinds.count("interim") >= 3
     piped = _voxgate("stream", "-", "--address", server.address, stdin=wav.read_bytes())
     assert piped.stdout.splitlines()[-1].split()[2:] == result.stdout.splitlines()[-1].split()[2:]
+
+
+def test_stream_takes_a_profile_and_declines_the_second_pass(
+    server: RunningServer, clips: list[Utterance]
+) -> None:
+    arguments = ("stream", clips[1].audio_path, "--address", server.address, "--decoder", "greedy")
+    fast = _voxgate(*arguments, "--profile", "fast", "--no-second-pass")
+    assert fast.stdout.splitlines()[-1].startswith("final"), fast.stderr
+    offline = _voxgate(*arguments, "--profile", "offline")
+    assert {line.split()[0] for line in offline.stdout.splitlines()} == {"final"}
+    wrong = _voxgate(*arguments, "--profile", "slow")
+    assert wrong.returncode == 2
+    assert "fast, balanced, offline" in wrong.stderr
+
+
+def test_evaluate_measures_a_first_pass_and_names_the_profiles(
+    tmp_path: Path, clips: list[Utterance]
+) -> None:
+    manifest = tmp_path / "m.jsonl"
+    row = {"audio_filepath": str(clips[1].audio_path), "text": clips[1].text}
+    manifest.write_text(json.dumps(row) + "\n")
+    result = _voxgate("evaluate", manifest, "--decoder", "greedy", "--profile", "fast")
+    assert result.returncode == 0, result.stderr
+    assert "total" in result.stdout
+    wrong = _voxgate("evaluate", manifest, "--profile", "slow")
+    assert wrong.returncode == 2
+    assert "fast, balanced" in wrong.stderr
+
+
+def test_transcribe_cuts_a_long_recording_and_keeps_its_clock(
+    tmp_path: Path, clips: list[Utterance]
+) -> None:
+    waveform, rate = soundfile.read(clips[1].audio_path)
+    noise = np.random.default_rng(1).normal(0, 1e-4, int(1.5 * rate))
+    n_times = int(70 * rate / (len(waveform) + len(noise))) + 1
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.tile(np.concatenate([waveform, noise]), n_times), rate)
+    result = _voxgate("transcribe", path, "--format", "json", "--decoder", "greedy")
+    assert result.returncode == 0, result.stderr
+    transcript = json.loads(result.stdout)
+    starts = [word["start_s"] for word in transcript["words"]]
+    assert starts == sorted(starts)
+    period_s = (len(waveform) + len(noise)) / rate
+    assert {int(start_s / period_s) for start_s in starts} == set(range(n_times))
 
 
 def test_stream_without_server_says_how_to_start_one(clips: list[Utterance]) -> None:

@@ -1,52 +1,33 @@
-"""The recogniser and the session on real speech: files and streams must agree."""
+"""The recogniser on real speech: short recordings whole, long ones in utterances."""
 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import join_with_pauses, noise, to_pcm
 
-from service.audio import AudioFormat, load_audio
+from service.audio import AudioFormat, Encoding
 from service.decoding.greedy import GreedyDecoder
-from service.errors import AudioError
+from service.features import log_mel
 from service.manifest import Utterance
-from service.recogniser import FloatArray, Recogniser, Segment
+from service.recogniser import LONGEST_WHOLE_S, FloatArray, Recogniser, Segment
 from service.scoring import count_errors, pool
 from service.session import Session
+
+LONGEST_UTTERANCE_S = 30.0
 
 
 def _text(segments: list[Segment]) -> str:
     return " ".join(s.alternatives[0].transcript for s in segments)
 
 
-def _stream(
-    recogniser: Recogniser, data: bytes, sizes: list[int], *, interim: bool = False
-) -> list[Segment]:
-    """Final segments of a session that gets the bytes in pieces of the given sizes, repeated."""
-    session = Session(recogniser, AudioFormat(), decoder="greedy", interim_results=interim)
-    results, place, turn = [], 0, 0
-    while place < len(data):
-        size = sizes[turn % len(sizes)]
-        results += session.push(data[place : place + size])
-        place, turn = place + size, turn + 1
-    results += session.finish()
-    return [result.segment for result in results if result.is_final]
-
-
-def _pcm(waveform: FloatArray) -> bytes:
-    return (waveform * 32767).astype("<i2").tobytes()
-
-
-def _load_all(recogniser: Recogniser, clips: list[Utterance]) -> list[FloatArray]:
-    return [load_audio(clip.audio_path, target_rate=recogniser.sample_rate) for clip in clips]
-
-
 def test_shipped_model_recognises_most_words_of_the_examples(
-    recogniser: Recogniser, clips: list[Utterance]
+    recogniser: Recogniser, clips: list[Utterance], waveforms: list[FloatArray]
 ) -> None:
     references = [clip.text or "" for clip in clips]
-    waveforms = _load_all(recogniser, clips)
     wer = {
         decoder: pool(
             count_errors([reference], [_text(recogniser.recognise(waveform, decoder=decoder))])
@@ -58,51 +39,109 @@ def test_shipped_model_recognises_most_words_of_the_examples(
     assert wer["beam"] < wer["greedy"]
 
 
-@pytest.mark.parametrize("sizes", [[2], [1, 3, 7], [3200], [1 << 20]])
-def test_stream_equals_file_for_any_chunking(
-    recogniser: Recogniser, clips: list[Utterance], sizes: list[int]
+@pytest.fixture(scope="module")
+def long(waveforms: list[FloatArray]) -> FloatArray:
+    """All example clips twice, a pause behind each: 99 s."""
+    return join_with_pauses(waveforms * 2)
+
+
+def test_recording_of_up_to_a_minute_is_one_segment(
+    recogniser: Recogniser, long: FloatArray
 ) -> None:
-    data = _pcm(load_audio(clips[1].audio_path, target_rate=16_000)[:24_000])
-    expected = _stream(recogniser, data, [len(data)])
-    if sizes[0] < 10:
-        data, expected = data[:16_000], _stream(recogniser, data[:16_000], [16_000])
-    assert _stream(recogniser, data, sizes) == expected
-    waveform = (np.frombuffer(data, "<i2") / 32768).astype(np.float32)
-    assert recogniser.recognise(waveform, decoder="greedy") == expected
+    minute = long[: int(LONGEST_WHOLE_S * 16_000)]
+    (whole,) = recogniser.recognise(minute, decoder="greedy")
+    assert whole.end_s == pytest.approx(LONGEST_WHOLE_S, abs=0.05)
+    emission = recogniser.emission(log_mel(minute, recogniser.features))
+    assert whole == recogniser.segment(emission, first_frame=0, decoder="greedy")
+    longer = long[: int((LONGEST_WHOLE_S + 0.5) * 16_000)]
+    assert len(recogniser.recognise(longer, decoder="greedy")) >= 9
 
 
-def test_interim_results_do_not_change_the_final_ones(
-    recogniser: Recogniser, clips: list[Utterance]
+def test_long_recording_is_recognised_in_utterances(
+    recogniser: Recogniser, waveforms: list[FloatArray], long: FloatArray
 ) -> None:
-    data = _pcm(load_audio(clips[0].audio_path, target_rate=16_000))
-    session = Session(recogniser, AudioFormat(), decoder="greedy", interim_results=True)
-    results = [r for i in range(0, len(data), 3200) for r in session.push(data[i : i + 3200])]
-    results += session.finish()
-    assert [r.is_final for r in results] == [False] * (len(results) - 1) + [True]
-    assert len(results) > 5
-    assert [r.segment for r in results if r.is_final] == _stream(recogniser, data, [len(data)])
-
-
-def test_long_recording_is_recognised_in_segments(
-    recogniser: Recogniser, clips: list[Utterance]
-) -> None:
-    waveforms = _load_all(recogniser, clips)
-    pause = np.random.default_rng(1).normal(0, 1e-3, 8_000).astype(np.float32)
-    long = np.concatenate([part for waveform in waveforms * 2 for part in (waveform, pause)])
     segments = recogniser.recognise(long, decoder="greedy")
-    assert len(segments) >= 3
-    assert all(s.n_feature_frames <= recogniser.window_frames for s in segments)
-    ends = [s.end_s for s in segments]
-    assert ends == sorted(ends)
-    assert ends[-1] == pytest.approx(len(long) / 16_000, abs=0.05)
-    words = [word for s in segments for word in s.alternatives[0].words]
-    starts = [word.start_s for word in words]
-    assert starts == sorted(starts)
-    assert words[-1].start_s > 60
+    assert len(segments) == 2 * len(waveforms)
+    ends = [0.0, *(segment.end_s for segment in segments)]
+    assert all(0 < b - a <= LONGEST_UTTERANCE_S for a, b in pairwise(ends))
+    assert ends[-1] <= len(long) / 16_000
+    words = [word for segment in segments for word in segment.alternatives[0].words]
+    times = [time for word in words for time in (word.start_s, word.end_s)]
+    assert times == sorted(times)
+    assert words[-1].start_s > 90
     one_by_one = " ".join(_text(recogniser.recognise(w, decoder="greedy")) for w in waveforms * 2)
     differences = count_errors([one_by_one], [_text(segments)])
     assert differences.cer < 0.2  # other neighbours, and a pause instead of an end, change some
-    assert _stream(recogniser, _pcm(long), [50_000]) == _stream(recogniser, _pcm(long), [777_777])
+
+
+def test_long_recording_without_pauses_is_cut(
+    recogniser: Recogniser, waveforms: list[FloatArray]
+) -> None:
+    speech = [w[4_000:-4_000] for w in waveforms[:4]]
+    endless = np.concatenate(speech * 5)
+    segments = recogniser.recognise(endless, decoder="greedy")
+    ends = [0.0, *(segment.end_s for segment in segments)]
+    assert all(0 < b - a <= LONGEST_UTTERANCE_S + 0.4 for a, b in pairwise(ends))
+    assert ends[-1] == pytest.approx(len(endless) / 16_000, abs=0.5)
+    words = [word for segment in segments for word in segment.alternatives[0].words]
+    assert all(a.end_s <= b.start_s for a, b in pairwise(words))
+
+
+@pytest.mark.parametrize("n_samples", [1_000_000, 777, 160_000])
+def test_segments_are_the_same_however_the_blocks_are_cut(
+    recogniser: Recogniser, long: FloatArray, n_samples: int
+) -> None:
+    for waveform in (long[: 5 * 16_000], long[: 70 * 16_000]):
+        expected = recogniser.recognise(waveform, decoder="greedy", n_best=2)
+        blocks = [waveform[i : i + n_samples] for i in range(0, len(waveform), n_samples)]
+        blocks.insert(1, waveform[:0])
+        found = recogniser.recognise_blocks(blocks, decoder="greedy", n_best=2)
+        assert list(found) == expected
+
+
+def test_long_recording_has_the_utterances_of_a_stream(
+    recogniser: Recogniser, long: FloatArray
+) -> None:
+    """int8 scales depend on the batch, so the words may differ a little, but not the cuts."""
+    pcm = to_pcm(long)
+    session = Session(recogniser, AudioFormat(Encoding.LINEAR16), decoder="greedy")
+    updates = [u for i in range(0, len(pcm), 32_000) for u in session.push(pcm[i : i + 32_000])]
+    streamed = [update.results[0].segment for update in updates + list(session.finish())]
+    heard = (np.frombuffer(pcm, "<i2") / 32768).astype(np.float32)
+    segments = recogniser.recognise(heard, decoder="greedy")
+    assert [s.end_s for s in segments] == [s.end_s for s in streamed]
+    assert count_errors([_text(streamed)], [_text(segments)]).cer < 0.02
+
+
+@pytest.mark.parametrize("silence_s", [0.0, 30.0])
+@pytest.mark.parametrize("speech_s", [3.0, 70.0])
+def test_progress_adds_up_to_the_whole_recording(
+    recogniser: Recogniser, long: FloatArray, speech_s: float, silence_s: float
+) -> None:
+    waveform = np.concatenate([long[: int(speech_s * 16_000)], noise(silence_s)])
+    passed: list[float] = []
+    list(recogniser.recognise_blocks([waveform], decoder="greedy", on_audio=passed.append))
+    assert min(passed) >= 0
+    assert sum(passed) == pytest.approx(speech_s + silence_s, abs=1.5)
+
+
+def test_first_pass_recognises_a_recording_as_one_utterance(
+    recogniser: Recogniser, waveforms: list[FloatArray]
+) -> None:
+    waveform = join_with_pauses(waveforms[:2])
+    found: list[Segment] = []
+    for n_samples in (len(waveform), 5_000):
+        blocks = [waveform[i : i + n_samples] for i in range(0, len(waveform), n_samples)]
+        found += recogniser.recognise_first_pass(blocks, decoder="greedy", profile="fast")
+    assert found[0] == found[1]
+    assert found[0].end_s == pytest.approx(len(waveform) / 16_000, abs=0.05)
+    whole = recogniser.recognise(waveform, decoder="greedy")
+    assert count_errors([_text(whole)], [_text(found[:1])]).cer < 0.5
+
+
+def test_latency_is_that_of_window_and_front_end(recogniser: Recogniser) -> None:
+    assert recogniser.latency_s("fast") == pytest.approx(0.655)
+    assert recogniser.latency_s("balanced") == pytest.approx(0.975)
 
 
 def test_silence_gives_an_empty_transcript(recogniser: Recogniser) -> None:
@@ -120,10 +159,9 @@ def test_very_short_audio_gives_a_result(recogniser: Recogniser, n_samples: int)
 
 
 def test_alternatives_are_distinct_and_sorted(
-    recogniser: Recogniser, clips: list[Utterance]
+    recogniser: Recogniser, waveforms: list[FloatArray]
 ) -> None:
-    waveform = load_audio(clips[0].audio_path, target_rate=16_000)
-    (segment,) = recogniser.recognise(waveform, decoder="beam", n_best=5)
+    (segment,) = recogniser.recognise(waveforms[0], decoder="beam", n_best=5)
     assert len(segment.alternatives) == 5
     assert len({a.transcript for a in segment.alternatives}) == 5
     scores = [a.score for a in segment.alternatives]
@@ -131,10 +169,9 @@ def test_alternatives_are_distinct_and_sorted(
 
 
 def test_word_times_and_confidences_are_in_range(
-    recogniser: Recogniser, clips: list[Utterance]
+    recogniser: Recogniser, waveforms: list[FloatArray]
 ) -> None:
-    for clip in clips:
-        waveform = load_audio(clip.audio_path, target_rate=16_000)
+    for waveform in waveforms:
         (segment,) = recogniser.recognise(waveform, decoder="beam")
         last_end = 0.0
         for word in segment.alternatives[0].words:
@@ -144,12 +181,10 @@ def test_word_times_and_confidences_are_in_range(
 
 
 def test_padding_a_batch_does_not_change_the_words(
-    recogniser: Recogniser, clips: list[Utterance]
+    recogniser: Recogniser, waveforms: list[FloatArray]
 ) -> None:
     """int8 scales depend on the batch, so what may change is bounded, not forbidden."""
-    from service.features import log_mel  # noqa: PLC0415
-
-    features = [log_mel(w, recogniser.features) for w in _load_all(recogniser, clips)]
+    features = [log_mel(w, recogniser.features) for w in waveforms]
     lengths = np.array([len(f) for f in features])
     batch = np.zeros((len(features), lengths.max(), features[0].shape[1]), np.float32)
     for row, f in zip(batch, features, strict=True):
@@ -165,20 +200,17 @@ def test_padding_a_batch_does_not_change_the_words(
     assert pool(counts).cer < 0.02
 
 
-def test_session_refuses_broken_audio_and_others_go_on(
-    recogniser: Recogniser, clips: list[Utterance]
+def test_timings_are_collected_by_stage(
+    recogniser: Recogniser, waveforms: list[FloatArray], long: FloatArray
 ) -> None:
-    broken = Session(recogniser, AudioFormat(), decoder="greedy")
-    with pytest.raises(AudioError, match="no header"):
-        broken.push(b"dear server, this is a letter and no audio at all. " * 20)
-    data = clips[0].audio_path.read_bytes()
-    assert _text(_stream(recogniser, data, [1000])) != ""
-
-
-def test_timings_are_collected_by_stage(recogniser: Recogniser, clips: list[Utterance]) -> None:
     before = dataclasses.replace(recogniser.timings)
-    recogniser.recognise(load_audio(clips[0].audio_path, target_rate=16_000), decoder="beam")
-    after = recogniser.timings
+    recogniser.recognise(waveforms[0], decoder="beam")
+    after = dataclasses.replace(recogniser.timings)
     assert after.features_s > before.features_s
+    assert after.segmentation_s == before.segmentation_s
     assert after.acoustic_model_s > before.acoustic_model_s
     assert after.decoding_s > before.decoding_s
+    recogniser.recognise(long, decoder="greedy")
+    assert recogniser.timings.segmentation_s > after.segmentation_s
+    stages = dataclasses.astuple(recogniser.timings)
+    assert recogniser.timings.total_s == pytest.approx(sum(stages))

@@ -13,7 +13,7 @@ def _segment(words: list[tuple[str, float, float]], *, score: float = -1.0) -> S
     timed = tuple(TimedWord(text, start, end, 0.5) for text, start, end in words)
     best = Alternative(timed, score=score, confidence=0.5 if timed else 0.0)
     other = Alternative((), score=score - 1, confidence=0.0)
-    return Segment((best, other), end_s=words[-1][2] if words else 1.0, n_feature_frames=1)
+    return Segment((best, other), end_s=words[-1][2] if words else 1.0)
 
 
 def _transcript(*segments: Segment) -> Transcript:

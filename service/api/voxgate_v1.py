@@ -6,18 +6,34 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor
 from datetime import timedelta
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 
 from service.api.status import abort_with, refuse
-from service.audio import HIGHEST_RATE, LOWEST_RATE, MOST_CHANNELS, AudioFormat, Encoding
+from service.audio import (
+    HIGHEST_RATE,
+    LOWEST_RATE,
+    MOST_CHANNELS,
+    AudioFormat,
+    Encoding,
+    Stopwatch,
+    decode_blocks,
+)
+from service.bundle import DEFAULT_PROFILE
+from service.endpointing import EndpointSettings
 from service.errors import AudioError, RequestError
 from service.pb.voxgate.v1 import speech_pb2 as pb
 from service.pb.voxgate.v1 import speech_pb2_grpc
-from service.recogniser import Alternative, DecoderName, Recogniser, Segment, TimedWord
-from service.session import Result, Session
+from service.recogniser import (
+    Alternative,
+    DecoderName,
+    Recogniser,
+    Segment,
+    TimedWord,
+)
+from service.session import Result, Session, SpeechEvent, Update
 
 T = TypeVar("T")
 
@@ -28,6 +44,20 @@ _ENCODINGS: Final = {
     pb.RecognitionConfig.FLAC: Encoding.FLAC,
     pb.RecognitionConfig.OGG_OPUS: Encoding.OGG,
     pb.RecognitionConfig.MP3: Encoding.MP3,
+}
+
+_EVENTS: Final = {
+    SpeechEvent.SPEECH_BEGAN: pb.StreamingRecognizeResponse.SPEECH_ACTIVITY_BEGIN,
+    SpeechEvent.SPEECH_ENDED: pb.StreamingRecognizeResponse.SPEECH_ACTIVITY_END,
+    SpeechEvent.END_OF_SINGLE_UTTERANCE: pb.StreamingRecognizeResponse.END_OF_SINGLE_UTTERANCE,
+}
+_ENDPOINTING_FIELDS: Final = {
+    "start_history": "start_history_ms",
+    "start_threshold": "start_threshold",
+    "stop_history": "stop_history_ms",
+    "stop_threshold": "stop_threshold",
+    "stop_history_eou": "stop_history_eou_ms",
+    "stop_threshold_eou": "stop_threshold_eou",
 }
 
 
@@ -48,16 +78,15 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
         try:
             if request.audio.WhichOneof("audio_source") == "uri":
                 raise RequestError("audio.uri is not served; send the bytes in audio.content")
-            session = self._open_session(request.config, interim_results=False)
+            self._check(request.config)
             if not request.audio.content:
                 raise AudioError("audio.content is empty; expected the bytes of a recording")
-            results = await self._run(_recognise_whole, session, request.audio.content)
+            segments, duration_s = await self._run(self._recognise, request)
         except Exception as error:  # noqa: BLE001  # the edge: everything becomes a status
             await abort_with(error, context)
-        segments = [result.segment for result in results]
         return pb.RecognizeResponse(
             results=[self._to_result(segment) for segment in segments],
-            total_billed_time=_duration(segments[-1].end_s if segments else 0.0),
+            total_billed_time=_duration(duration_s),
         )
 
     async def StreamingRecognize(  # noqa: N802  # the name gRPC calls
@@ -72,21 +101,28 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
                 kind = request.WhichOneof("streaming_request")
                 if session is None:
                     session = self._open_stream(request, kind)
-                elif kind != "audio_content":
+                    continue
+                if kind == "audio_content":
+                    updates = await self._run(session.push, request.audio_content)
+                elif kind == "end_utterance":
+                    updates = await self._run(session.end_utterance)
+                else:
                     raise RequestError(
                         f"a request after the first holds {kind or 'nothing'}; "
-                        "expected audio_content"
+                        "expected audio_content or end_utterance"
                     )
-                else:
-                    for response in await self._push(session, request.audio_content):
-                        yield response
+                for update in updates:
+                    yield self._to_response(update)
+                if session.is_done:
+                    return
             if session is None:
                 raise RequestError(
                     "the stream was closed before its config; "
                     "send streaming_config in the first request, then audio_content"
                 )
-            for result in await self._run(session.finish):
-                yield self._to_response(result)
+            last_updates = session.finish()
+            while (update := await self._run(next, last_updates, None)) is not None:
+                yield self._to_response(update)
         except Exception as error:  # noqa: BLE001  # the edge: everything becomes a status
             await abort_with(error, context)
 
@@ -99,11 +135,12 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
             name=self._recogniser.name,
             language_code=self._recogniser.language,
             sample_rate_hertz=self._recogniser.sample_rate,
+            profiles=[
+                pb.StreamingProfile(name=name, latency=_duration(self._recogniser.latency_s(name)))
+                for name in self._recogniser.profiles
+            ],
         )
         return pb.ListModelsResponse(models=[model])
-
-    async def _push(self, session: Session, data: bytes) -> list[pb.StreamingRecognizeResponse]:
-        return [self._to_response(result) for result in await self._run(session.push, data)]
 
     async def _run(self, work: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
@@ -114,21 +151,41 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
                 f"the first request holds {kind or 'nothing'}; expected streaming_config"
             )
         streaming = request.streaming_config
-        refuse("single_utterance", is_set=streaming.single_utterance)
-        return self._open_session(streaming.config, interim_results=streaming.interim_results)
-
-    def _open_session(self, config: pb.RecognitionConfig, *, interim_results: bool) -> Session:
-        refuse("speech_contexts", is_set=len(config.speech_contexts) > 0)
-        refuse("domain", is_set=bool(config.domain))
-        self._check_model(config)
+        config = streaming.config
+        self._check(config)
         return Session(
             self._recogniser,
             _to_audio_format(config),
             decoder=self._to_decoder(config.decoder),
-            n_best=_check_range("max_alternatives", config.max_alternatives, 1, _MOST_ALTERNATIVES)
-            or 1,
-            interim_results=interim_results,
+            n_best=_to_n_best(config),
+            interim_results=streaming.interim_results,
+            profile=streaming.profile or DEFAULT_PROFILE,
+            second_pass=not streaming.disable_second_pass,
+            endpointing=_to_endpointing(streaming.endpointing_config),
+            single_utterance=streaming.single_utterance,
+            speech_events=streaming.enable_voice_activity_events,
         )
+
+    def _recognise(self, request: pb.RecognizeRequest) -> tuple[list[Segment], float]:
+        """The segments of a recording and its length in seconds."""
+        config = request.config
+        duration = Stopwatch(self._recogniser.sample_rate)
+        blocks = decode_blocks(
+            [request.audio.content],
+            _to_audio_format(config),
+            target_rate=self._recogniser.sample_rate,
+        )
+        segments = self._recogniser.recognise_blocks(
+            duration.measure(blocks),
+            decoder=self._to_decoder(config.decoder),
+            n_best=_to_n_best(config),
+        )
+        return list(segments), duration.seconds
+
+    def _check(self, config: pb.RecognitionConfig) -> None:
+        refuse("speech_contexts", is_set=len(config.speech_contexts) > 0)
+        refuse("domain", is_set=bool(config.domain))
+        self._check_model(config)
 
     def _check_model(self, config: pb.RecognitionConfig) -> None:
         name, language = self._recogniser.name, self._recogniser.language
@@ -148,15 +205,27 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
             return "beam"
         raise RequestError(f"decoder {kind} is unknown; expected GREEDY (1) or BEAM (2)")
 
-    def _to_response(self, result: Result) -> pb.StreamingRecognizeResponse:
+    def _to_response(self, update: Update) -> pb.StreamingRecognizeResponse:
+        if update.event is not None:
+            return pb.StreamingRecognizeResponse(
+                speech_event_type=_EVENTS[update.event],
+                speech_event_time=_duration(update.time_s),
+            )
+        messages = [self._to_streaming_result(result) for result in update.results]
+        for message in messages[1:]:  # so that the transcripts can be joined as they are
+            for alternative in message.alternatives:
+                alternative.transcript = f" {alternative.transcript}"
+        return pb.StreamingRecognizeResponse(results=messages)
+
+    def _to_streaming_result(self, result: Result) -> pb.StreamingRecognitionResult:
         segment = result.segment
-        message = pb.StreamingRecognitionResult(
+        return pb.StreamingRecognitionResult(
             alternatives=_to_alternatives(segment.alternatives, is_final=result.is_final),
             is_final=result.is_final,
+            stability=result.stability,
             result_end_time=_duration(segment.end_s),
             language_code=self._recogniser.language,
         )
-        return pb.StreamingRecognizeResponse(results=[message])
 
     def _to_result(self, segment: Segment) -> pb.SpeechRecognitionResult:
         return pb.SpeechRecognitionResult(
@@ -166,8 +235,20 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
         )
 
 
-def _recognise_whole(session: Session, content: bytes) -> list[Result]:
-    return [*session.push(content), *session.finish()]
+def _to_n_best(config: pb.RecognitionConfig) -> int:
+    return _check_range("max_alternatives", config.max_alternatives, 1, _MOST_ALTERNATIVES) or 1
+
+
+def _to_endpointing(config: pb.EndpointingConfig) -> EndpointSettings:
+    """The settings of a request, with the defaults where it says nothing."""
+    said: dict[str, Any] = {
+        name: getattr(config, field)
+        for field, name in _ENDPOINTING_FIELDS.items()
+        if config.HasField(field)
+    }
+    if config.HasField("longest_utterance"):
+        said["longest_utterance_s"] = config.longest_utterance.ToMilliseconds() / 1000
+    return EndpointSettings(**said)
 
 
 def _to_audio_format(config: pb.RecognitionConfig) -> AudioFormat:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"service/pb/voxgate/v1/speech.proto\x12\nvoxgate.v1\x1a\x1egoogle/protobuf/duration.proto\"\xed\x03\n\x11RecognitionConfig\x12=\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32+.voxgate.v1.RecognitionConfig.AudioEncoding\x12\x19\n\x11sample_rate_hertz\x18\x02 \x01(\x05\x12\x1b\n\x13\x61udio_channel_count\x18\x07 \x01(\x05\x12\x15\n\rlanguage_code\x18\x03 \x01(\t\x12\x18\n\x10max_alternatives\x18\x04 \x01(\x05\x12\x32\n\x0fspeech_contexts\x18\x06 \x03(\x0b\x32\x19.voxgate.v1.SpeechContext\x12\r\n\x05model\x18\r \x01(\t\x12:\n\x07\x64\x65\x63oder\x18\x14 \x01(\x0e\x32).voxgate.v1.RecognitionConfig.DecoderKind\x12\x0e\n\x06\x64omain\x18\x15 \x01(\t\"c\n\rAudioEncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x0c\n\x08LINEAR16\x10\x01\x12\x08\n\x04\x46LAC\x10\x02\x12\t\n\x05MULAW\x10\x03\x12\x0c\n\x08OGG_OPUS\x10\x06\x12\x07\n\x03MP3\x10\x08\"<\n\x0b\x44\x65\x63oderKind\x12\x17\n\x13\x44\x45\x43ODER_UNSPECIFIED\x10\x00\x12\n\n\x06GREEDY\x10\x01\x12\x08\n\x04\x42\x45\x41M\x10\x02\"/\n\rSpeechContext\x12\x0f\n\x07phrases\x18\x01 \x03(\t\x12\r\n\x05\x62oost\x18\x04 \x01(\x02\"~\n\x1aStreamingRecognitionConfig\x12-\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1d.voxgate.v1.RecognitionConfig\x12\x18\n\x10single_utterance\x18\x02 \x01(\x08\x12\x17\n\x0finterim_results\x18\x03 \x01(\x08\"D\n\x10RecognitionAudio\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x42\x0e\n\x0c\x61udio_source\"n\n\x10RecognizeRequest\x12-\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1d.voxgate.v1.RecognitionConfig\x12+\n\x05\x61udio\x18\x02 \x01(\x0b\x32\x1c.voxgate.v1.RecognitionAudio\"\x7f\n\x11RecognizeResponse\x12\x34\n\x07results\x18\x02 \x03(\x0b\x32#.voxgate.v1.SpeechRecognitionResult\x12\x34\n\x11total_billed_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x8d\x01\n\x19StreamingRecognizeRequest\x12\x42\n\x10streaming_config\x18\x01 \x01(\x0b\x32&.voxgate.v1.StreamingRecognitionConfigH\x00\x12\x17\n\raudio_content\x18\x02 \x01(\x0cH\x00\x42\x13\n\x11streaming_request\"U\n\x1aStreamingRecognizeResponse\x12\x37\n\x07results\x18\x02 \x03(\x0b\x32&.voxgate.v1.StreamingRecognitionResult\"\xe9\x01\n\x17SpeechRecognitionResult\x12>\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32(.voxgate.v1.SpeechRecognitionAlternative\x12\x32\n\x0fresult_end_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rlanguage_code\x18\x05 \x01(\t\x12\"\n\x06intent\x18\x14 \x01(\x0b\x32\x12.voxgate.v1.Intent\x12\x1f\n\x05slots\x18\x15 \x03(\x0b\x32\x10.voxgate.v1.Slot\"\x91\x02\n\x1aStreamingRecognitionResult\x12>\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32(.voxgate.v1.SpeechRecognitionAlternative\x12\x10\n\x08is_final\x18\x02 \x01(\x08\x12\x11\n\tstability\x18\x03 \x01(\x02\x12\x32\n\x0fresult_end_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rlanguage_code\x18\x06 \x01(\t\x12\"\n\x06intent\x18\x14 \x01(\x0b\x32\x12.voxgate.v1.Intent\x12\x1f\n\x05slots\x18\x15 \x03(\x0b\x32\x10.voxgate.v1.Slot\"z\n\x1cSpeechRecognitionAlternative\x12\x12\n\ntranscript\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12#\n\x05words\x18\x03 \x03(\x0b\x32\x14.voxgate.v1.WordInfo\x12\r\n\x05score\x18\x14 \x01(\x02\"\x88\x01\n\x08WordInfo\x12-\n\nstart_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04word\x18\x03 \x01(\t\x12\x12\n\nconfidence\x18\x04 \x01(\x02\"*\n\x06Intent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\"\xa0\x01\n\x04Slot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\t\x12-\n\nstart_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65nd_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nconfidence\x18\x06 \x01(\x02\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.voxgate.v1.Model\"G\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rlanguage_code\x18\x02 \x01(\t\x12\x19\n\x11sample_rate_hertz\x18\x03 \x01(\x05\x32\x88\x02\n\x06Speech\x12H\n\tRecognize\x12\x1c.voxgate.v1.RecognizeRequest\x1a\x1d.voxgate.v1.RecognizeResponse\x12g\n\x12StreamingRecognize\x12%.voxgate.v1.StreamingRecognizeRequest\x1a&.voxgate.v1.StreamingRecognizeResponse(\x01\x30\x01\x12K\n\nListModels\x12\x1d.voxgate.v1.ListModelsRequest\x1a\x1e.voxgate.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"service/pb/voxgate/v1/speech.proto\x12\nvoxgate.v1\x1a\x1egoogle/protobuf/duration.proto\"\xed\x03\n\x11RecognitionConfig\x12=\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32+.voxgate.v1.RecognitionConfig.AudioEncoding\x12\x19\n\x11sample_rate_hertz\x18\x02 \x01(\x05\x12\x1b\n\x13\x61udio_channel_count\x18\x07 \x01(\x05\x12\x15\n\rlanguage_code\x18\x03 \x01(\t\x12\x18\n\x10max_alternatives\x18\x04 \x01(\x05\x12\x32\n\x0fspeech_contexts\x18\x06 \x03(\x0b\x32\x19.voxgate.v1.SpeechContext\x12\r\n\x05model\x18\r \x01(\t\x12:\n\x07\x64\x65\x63oder\x18\x14 \x01(\x0e\x32).voxgate.v1.RecognitionConfig.DecoderKind\x12\x0e\n\x06\x64omain\x18\x15 \x01(\t\"c\n\rAudioEncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x0c\n\x08LINEAR16\x10\x01\x12\x08\n\x04\x46LAC\x10\x02\x12\t\n\x05MULAW\x10\x03\x12\x0c\n\x08OGG_OPUS\x10\x06\x12\x07\n\x03MP3\x10\x08\"<\n\x0b\x44\x65\x63oderKind\x12\x17\n\x13\x44\x45\x43ODER_UNSPECIFIED\x10\x00\x12\n\n\x06GREEDY\x10\x01\x12\x08\n\x04\x42\x45\x41M\x10\x02\"/\n\rSpeechContext\x12\x0f\n\x07phrases\x18\x01 \x03(\t\x12\r\n\x05\x62oost\x18\x04 \x01(\x02\"\x8d\x02\n\x1aStreamingRecognitionConfig\x12-\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1d.voxgate.v1.RecognitionConfig\x12\x18\n\x10single_utterance\x18\x02 \x01(\x08\x12\x17\n\x0finterim_results\x18\x03 \x01(\x08\x12$\n\x1c\x65nable_voice_activity_events\x18\x05 \x01(\x08\x12\x0f\n\x07profile\x18\x14 \x01(\t\x12\x1b\n\x13\x64isable_second_pass\x18\x15 \x01(\x08\x12\x39\n\x12\x65ndpointing_config\x18\x16 \x01(\x0b\x32\x1d.voxgate.v1.EndpointingConfig\"\xf1\x02\n\x11\x45ndpointingConfig\x12\x1a\n\rstart_history\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x1c\n\x0fstart_threshold\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x19\n\x0cstop_history\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0estop_threshold\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1d\n\x10stop_history_eou\x18\x05 \x01(\x05H\x04\x88\x01\x01\x12\x1f\n\x12stop_threshold_eou\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x34\n\x11longest_utterance\x18\x07 \x01(\x0b\x32\x19.google.protobuf.DurationB\x10\n\x0e_start_historyB\x12\n\x10_start_thresholdB\x0f\n\r_stop_historyB\x11\n\x0f_stop_thresholdB\x13\n\x11_stop_history_eouB\x15\n\x13_stop_threshold_eou\"D\n\x10RecognitionAudio\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x42\x0e\n\x0c\x61udio_source\"n\n\x10RecognizeRequest\x12-\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1d.voxgate.v1.RecognitionConfig\x12+\n\x05\x61udio\x18\x02 \x01(\x0b\x32\x1c.voxgate.v1.RecognitionAudio\"\x7f\n\x11RecognizeResponse\x12\x34\n\x07results\x18\x02 \x03(\x0b\x32#.voxgate.v1.SpeechRecognitionResult\x12\x34\n\x11total_billed_time\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc0\x01\n\x19StreamingRecognizeRequest\x12\x42\n\x10streaming_config\x18\x01 \x01(\x0b\x32&.voxgate.v1.StreamingRecognitionConfigH\x00\x12\x17\n\raudio_content\x18\x02 \x01(\x0cH\x00\x12\x31\n\rend_utterance\x18\x14 \x01(\x0b\x32\x18.voxgate.v1.EndUtteranceH\x00\x42\x13\n\x11streaming_request\"\x0e\n\x0c\x45ndUtterance\"\xe1\x02\n\x1aStreamingRecognizeResponse\x12\x37\n\x07results\x18\x02 \x03(\x0b\x32&.voxgate.v1.StreamingRecognitionResult\x12Q\n\x11speech_event_type\x18\x04 \x01(\x0e\x32\x36.voxgate.v1.StreamingRecognizeResponse.SpeechEventType\x12\x34\n\x11speech_event_time\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x80\x01\n\x0fSpeechEventType\x12\x1c\n\x18SPEECH_EVENT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45ND_OF_SINGLE_UTTERANCE\x10\x01\x12\x19\n\x15SPEECH_ACTIVITY_BEGIN\x10\x02\x12\x17\n\x13SPEECH_ACTIVITY_END\x10\x03\"\xe9\x01\n\x17SpeechRecognitionResult\x12>\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32(.voxgate.v1.SpeechRecognitionAlternative\x12\x32\n\x0fresult_end_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rlanguage_code\x18\x05 \x01(\t\x12\"\n\x06intent\x18\x14 \x01(\x0b\x32\x12.voxgate.v1.Intent\x12\x1f\n\x05slots\x18\x15 \x03(\x0b\x32\x10.voxgate.v1.Slot\"\x91\x02\n\x1aStreamingRecognitionResult\x12>\n\x0c\x61lternatives\x18\x01 \x03(\x0b\x32(.voxgate.v1.SpeechRecognitionAlternative\x12\x10\n\x08is_final\x18\x02 \x01(\x08\x12\x11\n\tstability\x18\x03 \x01(\x02\x12\x32\n\x0fresult_end_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x15\n\rlanguage_code\x18\x06 \x01(\t\x12\"\n\x06intent\x18\x14 \x01(\x0b\x32\x12.voxgate.v1.Intent\x12\x1f\n\x05slots\x18\x15 \x03(\x0b\x32\x10.voxgate.v1.Slot\"z\n\x1cSpeechRecognitionAlternative\x12\x12\n\ntranscript\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\x12#\n\x05words\x18\x03 \x03(\x0b\x32\x14.voxgate.v1.WordInfo\x12\r\n\x05score\x18\x14 \x01(\x02\"\x88\x01\n\x08WordInfo\x12-\n\nstart_time\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65nd_time\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04word\x18\x03 \x01(\t\x12\x12\n\nconfidence\x18\x04 \x01(\x02\"*\n\x06Intent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nconfidence\x18\x02 \x01(\x02\"\xa0\x01\n\x04Slot\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\t\x12-\n\nstart_time\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08\x65nd_time\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nconfidence\x18\x06 \x01(\x02\"\x13\n\x11ListModelsRequest\"7\n\x12ListModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.voxgate.v1.Model\"w\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rlanguage_code\x18\x02 \x01(\t\x12\x19\n\x11sample_rate_hertz\x18\x03 \x01(\x05\x12.\n\x08profiles\x18\x04 \x03(\x0b\x32\x1c.voxgate.v1.StreamingProfile\"L\n\x10StreamingProfile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x07latency\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration2\x88\x02\n\x06Speech\x12H\n\tRecognize\x12\x1c.voxgate.v1.RecognizeRequest\x1a\x1d.voxgate.v1.RecognizeResponse\x12g\n\x12StreamingRecognize\x12%.voxgate.v1.StreamingRecognizeRequest\x1a&.voxgate.v1.StreamingRecognizeResponse(\x01\x30\x01\x12K\n\nListModels\x12\x1d.voxgate.v1.ListModelsRequest\x1a\x1e.voxgate.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,36 +40,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RECOGNITIONCONFIG_DECODERKIND']._serialized_end=576
   _globals['_SPEECHCONTEXT']._serialized_start=578
   _globals['_SPEECHCONTEXT']._serialized_end=625
-  _globals['_STREAMINGRECOGNITIONCONFIG']._serialized_start=627
-  _globals['_STREAMINGRECOGNITIONCONFIG']._serialized_end=753
-  _globals['_RECOGNITIONAUDIO']._serialized_start=755
-  _globals['_RECOGNITIONAUDIO']._serialized_end=823
-  _globals['_RECOGNIZEREQUEST']._serialized_start=825
-  _globals['_RECOGNIZEREQUEST']._serialized_end=935
-  _globals['_RECOGNIZERESPONSE']._serialized_start=937
-  _globals['_RECOGNIZERESPONSE']._serialized_end=1064
-  _globals['_STREAMINGRECOGNIZEREQUEST']._serialized_start=1067
-  _globals['_STREAMINGRECOGNIZEREQUEST']._serialized_end=1208
-  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_start=1210
-  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_end=1295
-  _globals['_SPEECHRECOGNITIONRESULT']._serialized_start=1298
-  _globals['_SPEECHRECOGNITIONRESULT']._serialized_end=1531
-  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_start=1534
-  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_end=1807
-  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_start=1809
-  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_end=1931
-  _globals['_WORDINFO']._serialized_start=1934
-  _globals['_WORDINFO']._serialized_end=2070
-  _globals['_INTENT']._serialized_start=2072
-  _globals['_INTENT']._serialized_end=2114
-  _globals['_SLOT']._serialized_start=2117
-  _globals['_SLOT']._serialized_end=2277
-  _globals['_LISTMODELSREQUEST']._serialized_start=2279
-  _globals['_LISTMODELSREQUEST']._serialized_end=2298
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2300
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2355
-  _globals['_MODEL']._serialized_start=2357
-  _globals['_MODEL']._serialized_end=2428
-  _globals['_SPEECH']._serialized_start=2431
-  _globals['_SPEECH']._serialized_end=2695
+  _globals['_STREAMINGRECOGNITIONCONFIG']._serialized_start=628
+  _globals['_STREAMINGRECOGNITIONCONFIG']._serialized_end=897
+  _globals['_ENDPOINTINGCONFIG']._serialized_start=900
+  _globals['_ENDPOINTINGCONFIG']._serialized_end=1269
+  _globals['_RECOGNITIONAUDIO']._serialized_start=1271
+  _globals['_RECOGNITIONAUDIO']._serialized_end=1339
+  _globals['_RECOGNIZEREQUEST']._serialized_start=1341
+  _globals['_RECOGNIZEREQUEST']._serialized_end=1451
+  _globals['_RECOGNIZERESPONSE']._serialized_start=1453
+  _globals['_RECOGNIZERESPONSE']._serialized_end=1580
+  _globals['_STREAMINGRECOGNIZEREQUEST']._serialized_start=1583
+  _globals['_STREAMINGRECOGNIZEREQUEST']._serialized_end=1775
+  _globals['_ENDUTTERANCE']._serialized_start=1777
+  _globals['_ENDUTTERANCE']._serialized_end=1791
+  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_start=1794
+  _globals['_STREAMINGRECOGNIZERESPONSE']._serialized_end=2147
+  _globals['_STREAMINGRECOGNIZERESPONSE_SPEECHEVENTTYPE']._serialized_start=2019
+  _globals['_STREAMINGRECOGNIZERESPONSE_SPEECHEVENTTYPE']._serialized_end=2147
+  _globals['_SPEECHRECOGNITIONRESULT']._serialized_start=2150
+  _globals['_SPEECHRECOGNITIONRESULT']._serialized_end=2383
+  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_start=2386
+  _globals['_STREAMINGRECOGNITIONRESULT']._serialized_end=2659
+  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_start=2661
+  _globals['_SPEECHRECOGNITIONALTERNATIVE']._serialized_end=2783
+  _globals['_WORDINFO']._serialized_start=2786
+  _globals['_WORDINFO']._serialized_end=2922
+  _globals['_INTENT']._serialized_start=2924
+  _globals['_INTENT']._serialized_end=2966
+  _globals['_SLOT']._serialized_start=2969
+  _globals['_SLOT']._serialized_end=3129
+  _globals['_LISTMODELSREQUEST']._serialized_start=3131
+  _globals['_LISTMODELSREQUEST']._serialized_end=3150
+  _globals['_LISTMODELSRESPONSE']._serialized_start=3152
+  _globals['_LISTMODELSRESPONSE']._serialized_end=3207
+  _globals['_MODEL']._serialized_start=3209
+  _globals['_MODEL']._serialized_end=3328
+  _globals['_STREAMINGPROFILE']._serialized_start=3330
+  _globals['_STREAMINGPROFILE']._serialized_end=3406
+  _globals['_SPEECH']._serialized_start=3409
+  _globals['_SPEECH']._serialized_end=3673
 # @@protoc_insertion_point(module_scope)

@@ -63,14 +63,40 @@ class SpeechContext(_message.Message):
     def __init__(self, phrases: _Optional[_Iterable[str]] = ..., boost: _Optional[float] = ...) -> None: ...
 
 class StreamingRecognitionConfig(_message.Message):
-    __slots__ = ("config", "single_utterance", "interim_results")
+    __slots__ = ("config", "single_utterance", "interim_results", "enable_voice_activity_events", "profile", "disable_second_pass", "endpointing_config")
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SINGLE_UTTERANCE_FIELD_NUMBER: _ClassVar[int]
     INTERIM_RESULTS_FIELD_NUMBER: _ClassVar[int]
+    ENABLE_VOICE_ACTIVITY_EVENTS_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    DISABLE_SECOND_PASS_FIELD_NUMBER: _ClassVar[int]
+    ENDPOINTING_CONFIG_FIELD_NUMBER: _ClassVar[int]
     config: RecognitionConfig
     single_utterance: bool
     interim_results: bool
-    def __init__(self, config: _Optional[_Union[RecognitionConfig, _Mapping]] = ..., single_utterance: bool = ..., interim_results: bool = ...) -> None: ...
+    enable_voice_activity_events: bool
+    profile: str
+    disable_second_pass: bool
+    endpointing_config: EndpointingConfig
+    def __init__(self, config: _Optional[_Union[RecognitionConfig, _Mapping]] = ..., single_utterance: bool = ..., interim_results: bool = ..., enable_voice_activity_events: bool = ..., profile: _Optional[str] = ..., disable_second_pass: bool = ..., endpointing_config: _Optional[_Union[EndpointingConfig, _Mapping]] = ...) -> None: ...
+
+class EndpointingConfig(_message.Message):
+    __slots__ = ("start_history", "start_threshold", "stop_history", "stop_threshold", "stop_history_eou", "stop_threshold_eou", "longest_utterance")
+    START_HISTORY_FIELD_NUMBER: _ClassVar[int]
+    START_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    STOP_HISTORY_FIELD_NUMBER: _ClassVar[int]
+    STOP_THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    STOP_HISTORY_EOU_FIELD_NUMBER: _ClassVar[int]
+    STOP_THRESHOLD_EOU_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_UTTERANCE_FIELD_NUMBER: _ClassVar[int]
+    start_history: int
+    start_threshold: float
+    stop_history: int
+    stop_threshold: float
+    stop_history_eou: int
+    stop_threshold_eou: float
+    longest_utterance: _duration_pb2.Duration
+    def __init__(self, start_history: _Optional[int] = ..., start_threshold: _Optional[float] = ..., stop_history: _Optional[int] = ..., stop_threshold: _Optional[float] = ..., stop_history_eou: _Optional[int] = ..., stop_threshold_eou: _Optional[float] = ..., longest_utterance: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class RecognitionAudio(_message.Message):
     __slots__ = ("content", "uri")
@@ -97,18 +123,38 @@ class RecognizeResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[SpeechRecognitionResult, _Mapping]]] = ..., total_billed_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class StreamingRecognizeRequest(_message.Message):
-    __slots__ = ("streaming_config", "audio_content")
+    __slots__ = ("streaming_config", "audio_content", "end_utterance")
     STREAMING_CONFIG_FIELD_NUMBER: _ClassVar[int]
     AUDIO_CONTENT_FIELD_NUMBER: _ClassVar[int]
+    END_UTTERANCE_FIELD_NUMBER: _ClassVar[int]
     streaming_config: StreamingRecognitionConfig
     audio_content: bytes
-    def __init__(self, streaming_config: _Optional[_Union[StreamingRecognitionConfig, _Mapping]] = ..., audio_content: _Optional[bytes] = ...) -> None: ...
+    end_utterance: EndUtterance
+    def __init__(self, streaming_config: _Optional[_Union[StreamingRecognitionConfig, _Mapping]] = ..., audio_content: _Optional[bytes] = ..., end_utterance: _Optional[_Union[EndUtterance, _Mapping]] = ...) -> None: ...
+
+class EndUtterance(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class StreamingRecognizeResponse(_message.Message):
-    __slots__ = ("results",)
+    __slots__ = ("results", "speech_event_type", "speech_event_time")
+    class SpeechEventType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SPEECH_EVENT_UNSPECIFIED: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
+        END_OF_SINGLE_UTTERANCE: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
+        SPEECH_ACTIVITY_BEGIN: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
+        SPEECH_ACTIVITY_END: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
+    SPEECH_EVENT_UNSPECIFIED: StreamingRecognizeResponse.SpeechEventType
+    END_OF_SINGLE_UTTERANCE: StreamingRecognizeResponse.SpeechEventType
+    SPEECH_ACTIVITY_BEGIN: StreamingRecognizeResponse.SpeechEventType
+    SPEECH_ACTIVITY_END: StreamingRecognizeResponse.SpeechEventType
     RESULTS_FIELD_NUMBER: _ClassVar[int]
+    SPEECH_EVENT_TYPE_FIELD_NUMBER: _ClassVar[int]
+    SPEECH_EVENT_TIME_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[StreamingRecognitionResult]
-    def __init__(self, results: _Optional[_Iterable[_Union[StreamingRecognitionResult, _Mapping]]] = ...) -> None: ...
+    speech_event_type: StreamingRecognizeResponse.SpeechEventType
+    speech_event_time: _duration_pb2.Duration
+    def __init__(self, results: _Optional[_Iterable[_Union[StreamingRecognitionResult, _Mapping]]] = ..., speech_event_type: _Optional[_Union[StreamingRecognizeResponse.SpeechEventType, str]] = ..., speech_event_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class SpeechRecognitionResult(_message.Message):
     __slots__ = ("alternatives", "result_end_time", "language_code", "intent", "slots")
@@ -201,11 +247,21 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "language_code", "sample_rate_hertz")
+    __slots__ = ("name", "language_code", "sample_rate_hertz", "profiles")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_CODE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_RATE_HERTZ_FIELD_NUMBER: _ClassVar[int]
+    PROFILES_FIELD_NUMBER: _ClassVar[int]
     name: str
     language_code: str
     sample_rate_hertz: int
-    def __init__(self, name: _Optional[str] = ..., language_code: _Optional[str] = ..., sample_rate_hertz: _Optional[int] = ...) -> None: ...
+    profiles: _containers.RepeatedCompositeFieldContainer[StreamingProfile]
+    def __init__(self, name: _Optional[str] = ..., language_code: _Optional[str] = ..., sample_rate_hertz: _Optional[int] = ..., profiles: _Optional[_Iterable[_Union[StreamingProfile, _Mapping]]] = ...) -> None: ...
+
+class StreamingProfile(_message.Message):
+    __slots__ = ("name", "latency")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    latency: _duration_pb2.Duration
+    def __init__(self, name: _Optional[str] = ..., latency: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...

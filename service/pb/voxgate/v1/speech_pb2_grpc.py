@@ -62,7 +62,8 @@ class SpeechServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamingRecognize(self, request_iterator, context):
-        """Transcribes a stream. The first request holds `streaming_config`, all others `audio_content`.
+        """Transcribes a stream. The first request holds `streaming_config`, all others `audio_content` or
+        `end_utterance`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
