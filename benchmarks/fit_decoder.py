@@ -40,8 +40,8 @@ class Item:
     corpus: str
     speaker: str
     reference: str
-    emissions: Sequence[FloatArray]
-    """log_probs of consecutive windows, each (frames, token)."""
+    emission: FloatArray
+    """log_probs, float32, (frames, token)."""
 
 
 def main() -> None:
@@ -79,10 +79,8 @@ def compute_emissions(recogniser: Recogniser, manifest: Path, *, corpus: str | N
     for utterance in tqdm(utterances, desc="emissions"):
         waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
         features = log_mel(waveform, recogniser.features)
-        step = recogniser.window_frames
-        windows = [features[i : i + step] for i in range(0, len(features), step)]
-        emissions = [recogniser.emission(window) for window in windows]
-        items.append(Item(utterance.corpus, utterance.speaker, utterance.text or "", emissions))
+        emission = recogniser.emission(features)
+        items.append(Item(utterance.corpus, utterance.speaker, utterance.text or "", emission))
     return items
 
 
@@ -99,7 +97,7 @@ def search_items(
     )
     counts: dict[tuple[str, str], ErrorCounts] = defaultdict(ErrorCounts)
     for item in items:
-        text = " ".join(decoder.decode(emission)[0].text for emission in item.emissions)
+        text = decoder.decode(item.emission)[0].text
         counts[item.corpus, item.speaker] += count_errors([item.reference], [text])
     return dict(counts)
 
