@@ -19,11 +19,14 @@ PHONES: Final[tuple[str, ...]] = (
 )
 """The 39 phones of the CMU dictionary, without stress, after the CTC blank."""
 
+Dictionary = Mapping[str, tuple[tuple[str, ...], ...]]
+"""Lower-case words and their pronunciations, the usual one first."""
+
 _VARIANT: Final = re.compile(r"\(\d+\)$")
 
 
 @functools.cache
-def load_dictionary() -> Mapping[str, tuple[tuple[str, ...], ...]]:
+def load_dictionary() -> Dictionary:
     """Read the dictionary: lower-case word → its pronunciations, the usual one first.
 
     Raises:
@@ -49,7 +52,7 @@ def parse_dictionary(text: str) -> dict[str, tuple[tuple[str, ...], ...]]:
     return pronunciations
 
 
-def pronounce(text: str, dictionary: Mapping[str, tuple[tuple[str, ...], ...]]) -> list[int] | None:
+def pronounce(text: str, dictionary: Dictionary) -> list[int] | None:
     """Phone ids of normalised text, each word said the usual way; None if a word is unknown."""
     ids = _phone_ids()
     words = [dictionary.get(word) for word in text.split()]

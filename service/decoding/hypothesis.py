@@ -16,10 +16,10 @@ class Word:
     """One recognised word and where it was heard."""
 
     text: str
-    start_frame: int
-    """Output frame of its first token."""
-    end_frame: int
-    """Output frame after its last token."""
+    start_frame: float
+    """Output frame at which it begins; parts of a frame count."""
+    end_frame: float
+    """Output frame at which it ends."""
     confidence: float
     """Between 0 and 1."""
 

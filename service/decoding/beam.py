@@ -1,0 +1,591 @@
+"""Beam search over a whole emission or chunk by chunk: the compiled search made easy to use."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import count, islice
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from service.decoding import readings, search
+from service.decoding.hypothesis import FloatArray, Hypothesis, Word
+from service.decoding.ngram import SENTENCE_END, NgramModel, NgramTables
+from service.decoding.phrases import PhraseAutomaton, build_automaton
+from service.decoding.search import Knowledge, SearchSettings, SearchState
+from service.decoding.trie import build_trie
+from service.errors import InputError
+from service.text import BLANK, SPACE, normalise
+
+Lexicon = Mapping[str, Sequence[Sequence[str]]]
+"""Words and their spellings in tokens."""
+
+WORD_MARK: Final = "\u2581"
+"""How a subword token says that a word begins with it, as sentencepiece has it."""
+_NODES: Final = 8192
+_NODES_A_PREFIX: Final = 40
+_MOST_PHRASES: Final = 5000
+_MOST_SPELLINGS: Final = 16  # of one phrase
+_LARGEST_WEIGHT: Final = 100.0
+_CERTAIN: Final = 1e-4
+_TINY: Final = 1e-300
+_SHORTEST_WORD: Final = 1.0  # frames
+_MOST_WAYS: Final = 20  # tried for each reading that is wanted
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words that a request expects, or does not want."""
+
+    text: str
+    weight: float
+    """Added to the natural log score where the phrase is read; negative suppresses it."""
+
+
+@dataclass(frozen=True)
+class WordCalibration:
+    """From what the search knows of a word to the probability that it is right.
+
+    The log odds are the intercept and the sum of weights times features, in the order of
+    `WORD_FEATURES`; without weights the confidence is the word's share of the beam.
+    """
+
+    intercept: float = 0.0
+    weights: tuple[float, ...] = ()
+
+
+WORD_FEATURES: Final = (
+    "log odds of the share of the beam that has the word",
+    "lowest log probability of a token",
+    "mean entropy of the tokens' frames",
+    "highest entropy of a token's frame",
+    "base 10 log probability of the word",
+    "base 10 log probability of the word after it",
+    "log of the duration in frames",
+    "tokens",
+    "the log odds of the word before it",
+    "the log odds of the word after it",
+    "mean log odds of the utterance",
+    "mean entropy of the utterance",
+    "mean log probability of the utterance's words",
+)
+
+
+def _no_integers() -> npt.NDArray[np.int64]:
+    return np.zeros(0, np.int64)
+
+
+def _no_numbers() -> npt.NDArray[np.float64]:
+    return np.zeros(0)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Words that follow each other in a reading; each array has an entry for each word."""
+
+    words: tuple[str, ...] = ()
+    first_frame: npt.NDArray[np.int64] = field(default_factory=_no_integers)
+    last_frame: npt.NDArray[np.int64] = field(default_factory=_no_integers)
+    share: npt.NDArray[np.float64] = field(default_factory=_no_numbers)
+    """Of the beam that has the word."""
+    lowest_peak: npt.NDArray[np.float64] = field(default_factory=_no_numbers)
+    mean_entropy: npt.NDArray[np.float64] = field(default_factory=_no_numbers)
+    highest_entropy: npt.NDArray[np.float64] = field(default_factory=_no_numbers)
+    n_tokens: npt.NDArray[np.int64] = field(default_factory=_no_integers)
+
+    def join(self, other: _Piece) -> _Piece:
+        """This piece and the one after it."""
+        mine, theirs = vars(self), vars(other)
+        arrays = {
+            name: np.concatenate([mine[name], theirs[name]]) for name in mine if name != "words"
+        }
+        return _Piece(words=self.words + other.words, **arrays)
+
+
+class BeamDecoder:
+    """CTC prefix beam search with a word n-gram, over a lexicon or an open vocabulary.
+
+    Safe to use from several threads; the search runs without the interpreter's lock.
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        *,
+        lm: NgramModel | None = None,
+        lexicon: Lexicon | None = None,
+        beam_width: int = 100,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+        unknown_score: float = -10.0,
+        beam_prune_log_prob: float = -10.0,
+        token_min_log_prob: float = -5.0,
+        look_ahead: float = 1.0,
+        recombine: bool = True,
+        start_shift_frames: float = 0.0,
+        end_shift_frames: float = 0.0,
+        calibration: WordCalibration = WordCalibration(),  # noqa: B008  # it is frozen
+    ) -> None:
+        """Prepare the search.
+
+        Args:
+            tokens: token list, blank first: characters with a space between words, subwords
+                marked as sentencepiece does, or phones.
+            lm: word language model; None searches without one.
+            lexicon: spellings of the words in tokens, without a space; only words of `lm` are
+                used. None spells words by their letters and allows others.
+            beam_width: prefixes kept after each frame.
+            alpha: weight of the language model's log probability.
+            beta: natural log score of each word.
+            unknown_score: added for a word outside the vocabulary, base 10, weighted by alpha.
+            beam_prune_log_prob: prefixes this far below the best are dropped, natural log.
+            token_min_log_prob: tokens below this in a frame are not followed, natural log.
+            look_ahead: share of a word's log probability that is charged while it is spelled.
+            recombine: whether prefixes that the language model cannot tell apart are searched as
+                one; their texts remain apart.
+            start_shift_frames: added to the frame of a word's first token: CTC is late.
+            end_shift_frames: added to the frame after a word's last token.
+            calibration: of word confidences.
+
+        Raises:
+            InputError: a lexicon without a language model, or a setting outside its range.
+        """
+        _check_settings(beam_width, beam_prune_log_prob, lexicon=lexicon, lm=lm)
+        self._tokens = tuple(tokens)
+        self._token_ids = {token: i for i, token in enumerate(tokens)}
+        self._lm = lm
+        self._lexicon = lexicon
+        self._shifts = (start_shift_frames, end_shift_frames)
+        self._calibration = calibration
+        self._phrase_weight = alpha * math.log(10)
+        self._knowledge = self._prepare(
+            beam_width=beam_width,
+            alpha=alpha,
+            beta=beta,
+            unknown_score=unknown_score,
+            beam_prune_log_prob=beam_prune_log_prob,
+            token_min_log_prob=token_min_log_prob,
+            look_ahead=look_ahead,
+            recombine=recombine,
+        )
+        self._automaton_of = lru_cache(maxsize=16)(self._build_automaton)
+
+    def decode(
+        self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
+    ) -> list[Hypothesis]:
+        """Search a whole emission; see `Decoder`.
+
+        Raises:
+            InputError: the emission has another shape, or NaN or a row without any probability.
+        """
+        run = self.open(phrases=phrases)
+        run.push(emission)
+        return run.finish(n_best=n_best)
+
+    def open(self, *, phrases: Sequence[Phrase] = ()) -> BeamSearch:
+        """Begin a search that is fed chunk by chunk.
+
+        Raises:
+            InputError: a phrase cannot be spelled, or there are too many.
+        """
+        knowledge, extra_words = self._knowledge, ()
+        if phrases:
+            automaton, extra_words = self._automaton_of(tuple(phrases))
+            gain = float(automaton.reward.max(initial=1.0) * automaton.credit.max(initial=1.0))
+            settings = knowledge.settings
+            settings = settings._replace(largest_gain=settings.largest_gain * gain)
+            knowledge = knowledge._replace(settings=settings, phrases=automaton)
+        return BeamSearch(self, knowledge, extra_words)
+
+    def _prepare(
+        self,
+        *,
+        beam_width: int,
+        alpha: float,
+        beta: float,
+        unknown_score: float,
+        beam_prune_log_prob: float,
+        token_min_log_prob: float,
+        look_ahead: float,
+        recombine: bool,
+    ) -> Knowledge:
+        lm, lm_weight = self._lm, alpha * math.log(10)
+        words = lm.words if lm else ()
+        scores = lm.unigram_log_probs() if lm else np.zeros(0, np.float32)
+        spellings = [
+            (spelling, i) for i, word in enumerate(words) for spelling in self._spell(word)
+        ]
+        trie = build_trie(spellings, scores)
+        unknown = lm.unknown if lm else 0
+        known_share = math.exp(look_ahead * lm_weight * float(scores[unknown])) if lm else 1.0
+        marked = np.array([token.startswith(WORD_MARK) for token in self._tokens])
+        has_marks = bool(marked.any())
+        return Knowledge(
+            settings=SearchSettings(
+                n_tokens=len(self._tokens),
+                blank=BLANK,
+                boundary=-1 if self._lexicon is not None else self._token_ids.get(SPACE, -1),
+                beam_width=beam_width,
+                beam_prune=math.exp(beam_prune_log_prob),
+                token_min_log_prob=token_min_log_prob,
+                lm_weight=lm_weight,
+                word_score=beta,
+                has_lm=lm is not None,
+                open_vocabulary=self._lexicon is None,
+                recombines=recombine and lm is not None,
+                unknown_share=math.exp(lm_weight * unknown_score) if lm else 1.0,
+                phrase_share=known_share,
+                largest_gain=math.exp(beta),
+                unknown_word=unknown,
+                end_word=lm.word_ids[SENTENCE_END] if lm else 0,
+                n_lm_words=max(1, len(words)),
+            ),
+            trie=trie,
+            look_ahead=np.exp(look_ahead * lm_weight * trie.look_ahead.astype(np.float64)),
+            may_begin=marked if has_marks else np.ones(len(self._tokens), np.bool_),
+            may_continue=~marked if has_marks else np.ones(len(self._tokens), np.bool_),
+            lm=lm.tables if lm else _NO_LM,
+            phrases=build_automaton([]),
+        )
+
+    def _spell(self, word: str) -> list[list[int]]:
+        """The spellings of a word in token ids; none where a token is missing."""
+        spellings: Sequence[Sequence[str]]
+        if self._lexicon is not None:
+            spellings = self._lexicon.get(word, ())
+        else:
+            spellings = [word]
+        return [
+            [self._token_ids[token] for token in spelling]
+            for spelling in spellings
+            if all(token in self._token_ids for token in spelling)
+        ]
+
+    def start_state(self) -> npt.NDArray[np.int32]:
+        """What the language model knows before the first word."""
+        return self._lm.start_state() if self._lm else np.full(1, -1, np.int32)
+
+    def _build_automaton(
+        self, phrases: tuple[Phrase, ...]
+    ) -> tuple[PhraseAutomaton, tuple[str, ...]]:
+        """The automaton, and its words that the vocabulary lacks."""
+        if len(phrases) > _MOST_PHRASES:
+            raise InputError(f"{len(phrases)} phrases, expected at most {_MOST_PHRASES}")
+        extra: dict[str, int] = {}
+        spelled = []
+        for phrase in phrases:
+            words = normalise(phrase.text).split()
+            if not words:
+                raise InputError(f"the phrase {phrase.text!r} has no word; leave it out")
+            if not abs(phrase.weight) <= _LARGEST_WEIGHT:
+                raise InputError(
+                    f"the phrase {phrase.text!r} has weight {phrase.weight}, "
+                    f"expected -{_LARGEST_WEIGHT:.0f} to {_LARGEST_WEIGHT:.0f}"
+                )
+            for spelling in self._spell_phrase(phrase.text, words, extra):
+                spelled.append((spelling, phrase.weight))
+        return build_automaton(spelled), tuple(extra)
+
+    def _spell_phrase(
+        self, phrase: str, words: Sequence[str], extra: dict[str, int]
+    ) -> list[list[list[int]]]:
+        """Every spelling of a phrase: words as their tokens and the symbol of their end."""
+        settings = self._knowledge.settings
+        ways: list[list[list[int]]] = [[]]
+        for word in words:
+            spellings = self._spell(word)
+            if not spellings:
+                raise InputError(
+                    f"the phrase {phrase!r} cannot be boosted: no pronunciation of {word!r} is "
+                    "known; add one to the bundle's lexicon"
+                )
+            end = settings.boundary
+            if end < 0:
+                end = settings.n_tokens + self._word_id(word, extra)
+            ways = [[*way, [*spelling, end]] for way in ways for spelling in spellings]
+            ways = ways[:_MOST_SPELLINGS]
+        return ways
+
+    def word_text(
+        self, word: int, tokens: npt.NDArray[np.int32], extra_words: Sequence[str]
+    ) -> str:
+        """A word as it is written: from the list, or from its tokens."""
+        settings = self._knowledge.settings
+        if word >= settings.n_lm_words:
+            return extra_words[word - settings.n_lm_words]
+        if self._lm is not None and word != settings.unknown_word:
+            return self._lm.words[word]
+        return "".join(self._tokens[token] for token in tokens).replace(WORD_MARK, "")
+
+    def to_hypothesis(self, piece: _Piece, score: float) -> Hypothesis:
+        """A reading with times and confidences."""
+        confidences = self._confidences(piece)
+        starts = piece.first_frame + self._shifts[0]
+        ends = piece.last_frame + 1 + self._shifts[1]
+        words = []
+        earliest = 0.0
+        for text, start, end, confidence in zip(
+            piece.words, starts.tolist(), ends.tolist(), confidences.tolist(), strict=True
+        ):
+            start_frame = max(start, earliest)
+            earliest = max(end, start_frame + _SHORTEST_WORD)
+            words.append(Word(text, start_frame, earliest, confidence))
+        return Hypothesis(words=tuple(words), score=score)
+
+    def word_features(self, piece: _Piece) -> npt.NDArray[np.float64]:
+        """What confidences are made of, float64, (words, features); see `WORD_FEATURES`."""
+        share = np.clip(piece.share, _CERTAIN, 1 - _CERTAIN)
+        log_odds = np.log(share / (1 - share))
+        scores = np.zeros(len(piece.words) + 1)
+        if self._lm is not None:
+            scores = np.array(self._lm.score(piece.words))
+        duration = piece.last_frame - piece.first_frame + 1
+        whole = [log_odds.mean(), piece.mean_entropy.mean(), scores[:-1].mean()]
+        return np.column_stack([
+            log_odds,
+            piece.lowest_peak,
+            piece.mean_entropy,
+            piece.highest_entropy,
+            scores[:-1],
+            scores[1:],
+            np.log(duration),
+            piece.n_tokens,
+            np.concatenate([[0.0], log_odds[:-1]]),
+            np.concatenate([log_odds[1:], [0.0]]),
+            *(np.full(len(share), mean) for mean in whole),
+        ])  # fmt: skip
+
+    def _confidences(self, piece: _Piece) -> npt.NDArray[np.float64]:
+        if not (piece.words and self._calibration.weights):
+            return np.clip(piece.share, 0.0, 1.0)
+        log_odds = self._calibration.intercept + self.word_features(piece) @ np.array(
+            self._calibration.weights
+        )
+        confidences: npt.NDArray[np.float64] = 1 / (1 + np.exp(-log_odds))
+        return confidences
+
+    def _word_id(self, word: str, extra: dict[str, int]) -> int:
+        if self._lm is not None and word in self._lm.word_ids:
+            return self._lm.word_ids[word]
+        return extra.setdefault(word, self._knowledge.settings.n_lm_words + len(extra))
+
+
+class BeamSearch:
+    """A search under way. `fork` makes an independent copy; use each from one thread at a time."""
+
+    def __init__(
+        self, decoder: BeamDecoder, knowledge: Knowledge, extra_words: Sequence[str]
+    ) -> None:
+        self._decoder = decoder
+        self._knowledge = knowledge
+        self._extra_words = extra_words
+        capacity = max(_NODES, _NODES_A_PREFIX * knowledge.settings.beam_width)
+        self._state = search.new_state(
+            knowledge, capacity=capacity, lm_start=decoder.start_state()
+        )
+        self._scratch = search.new_scratch(knowledge)
+        self._settled = _Piece()
+
+    @property
+    def n_frames(self) -> int:
+        """Frames read so far."""
+        return int(self._state.counts[search.N_FRAMES])
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of what is carried from frame to frame."""
+        return sum(array.nbytes for array in self._state)
+
+    def fork(self) -> BeamSearch:
+        """An independent copy."""
+        copy = object.__new__(BeamSearch)
+        copy.__dict__ = dict(self.__dict__)
+        copy._state = SearchState(*(array.copy() for array in self._state))
+        copy._scratch = search.new_scratch(self._knowledge)
+        return copy
+
+    def push(self, log_probs: FloatArray) -> None:
+        """Read the next frames.
+
+        Args:
+            log_probs: float32, (frames, token); any number of frames.
+
+        Raises:
+            InputError: another shape, NaN, +inf, or a frame in which every token is impossible.
+        """
+        log_probs = _checked(log_probs, self._knowledge.settings.n_tokens, self.n_frames)
+        n_read = 0
+        while True:
+            rest = log_probs[n_read:]
+            n_read += search.advance(self._knowledge, self._state, self._scratch, rest)
+            if n_read == len(log_probs):
+                return
+            self._make_room()
+
+    def best(self) -> Hypothesis:
+        """The best reading so far, as if the running word ended here but not the sentence."""
+        return self._read(n_best=1, is_end=False)[0]
+
+    def n_best(self, n: int) -> list[Hypothesis]:
+        """The best readings so far with distinct words, best first; see `best`."""
+        return self._read(n_best=n, is_end=False)
+
+    def finish(self, *, n_best: int = 1) -> list[Hypothesis]:
+        """The best readings with distinct words if the sentence ends here, best first."""
+        return self._read(n_best=n_best, is_end=True)
+
+    def _read(self, *, n_best: int, is_end: bool) -> list[Hypothesis]:
+        beam = readings.read_beam(self._knowledge, self._state, is_end)
+        found: dict[tuple[str, ...], Hypothesis] = {}
+        for nodes, last_word, score in islice(_ways(self._state, beam), _MOST_WAYS * n_best):
+            piece = self._settled.join(self._to_piece(nodes, last_word, beam))
+            if piece.words not in found:
+                found[piece.words] = self._decoder.to_hypothesis(piece, score)
+            if len(found) == n_best:
+                break
+        return list(found.values())
+
+    def _make_room(self) -> None:
+        """Settle the words that all prefixes share; where that is not enough, drop prefixes."""
+        state = self._state
+        nodes = search.shared_way(state)
+        if len(nodes) > 1:
+            beam = readings.read_beam(self._knowledge, state, False)
+            piece = self._to_piece(nodes, search.NO_WORD, beam)
+            self._settled = self._settled.join(piece)
+            search.cut(state, int(nodes[-1]))
+        needed = max(self._knowledge.settings.beam_width, len(state.free) // search.LEAST_FREE)
+        while state.counts[search.N_FREE] < needed and state.counts[search.N_SLOTS] > 1:
+            search.halve(state, self._scratch)
+
+    def _to_piece(
+        self, nodes: npt.NDArray[np.int64], last_word: int, beam: readings.Readings
+    ) -> _Piece:
+        """The words on a way from the root."""
+        state = self._state
+        spans = readings.spans_of(self._knowledge, state, nodes, last_word)
+        if len(spans.word) == 0:
+            return _Piece()
+        share = readings.posteriors(self._knowledge, state, beam, spans)
+        first, last = readings.token_frames(state, nodes)
+        place = {int(node): i for i, node in enumerate(nodes)}
+        begins = [place[node] for node in spans.first.tolist()]
+        ends = [place[node] + 1 for node in spans.last.tolist()]
+        starts = np.array(begins)
+        n_tokens = np.array(ends) - starts
+        peaks = state.peak[nodes].astype(np.float64)
+        entropies = state.entropy[nodes].astype(np.float64)
+        parts = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        return _Piece(
+            words=tuple(
+                self._word_text(word, state.token[nodes[part]])
+                for word, part in zip(spans.word.tolist(), parts, strict=True)
+            ),
+            first_frame=first[starts],
+            last_frame=last[np.array(ends) - 1],
+            share=share,
+            lowest_peak=np.array([peaks[part].min() for part in parts]),
+            mean_entropy=np.array([entropies[part].mean() for part in parts]),
+            highest_entropy=np.array([entropies[part].max() for part in parts]),
+            n_tokens=n_tokens,
+        )
+
+    def _word_text(self, word: int, tokens: npt.NDArray[np.int32]) -> str:
+        return self._decoder.word_text(word, tokens, self._extra_words)
+
+
+def _ways(
+    state: SearchState, beam: readings.Readings
+) -> Iterator[tuple[npt.NDArray[np.int64], int, float]]:
+    """The ways through the lattice, best first: nodes from the root, last word, log score."""
+    numbers = count()
+    heap = [
+        (-(mass + beam.log_share[node]), next(numbers), node, mass, word, ())
+        for node, word, mass in zip(
+            beam.node.tolist(), beam.word.tolist(), beam.log_mass.tolist(), strict=True
+        )
+    ]
+    heapq.heapify(heap)
+    while heap:
+        cost, _, node, mass, word, behind = heapq.heappop(heap)
+        while node >= 0:
+            rival = int(state.first_rival[node])
+            while rival >= 0:
+                through = mass + math.log(max(state.share[rival], _TINY))
+                item = (-(through + beam.log_share[rival]), next(numbers), rival)
+                heapq.heappush(heap, (*item, through, word, behind))
+                rival = int(state.next_rival[rival])
+            parent = int(state.parent[node])
+            behind = (node, behind)
+            if parent >= 0:
+                mass += math.log(max(state.own_share[node], _TINY))
+                cost_here = -(mass + beam.log_share[parent])
+                if heap and cost_here > heap[0][0]:
+                    heapq.heappush(heap, (cost_here, next(numbers), parent, mass, word, behind))
+                    break
+            node = parent
+        else:
+            nodes = []
+            while behind:
+                nodes.append(behind[0])
+                behind = behind[1]
+            yield np.array(nodes), word, mass
+
+
+def _checked(log_probs: FloatArray, n_tokens: int, n_before: int) -> FloatArray:
+    log_probs = np.ascontiguousarray(log_probs, np.float32)
+    if log_probs.ndim != 2 or log_probs.shape[1] != n_tokens:
+        raise InputError(
+            f"log_probs have shape {log_probs.shape}, expected (frames, {n_tokens}): "
+            "a row for each frame, a column for each token"
+        )
+    highest = log_probs.max(axis=1)  # NaN where there is one
+    bad = np.flatnonzero(~np.isfinite(highest))
+    if len(bad) > 0:
+        found = {True: "NaN", False: "no possible token"}[bool(np.isnan(highest[bad[0]]))]
+        if highest[bad[0]] == np.inf:
+            found = "+inf"
+        raise InputError(
+            f"frame {n_before + bad[0]} has {found}, expected log probabilities, some finite"
+        )
+    return log_probs
+
+
+def _check_settings(
+    beam_width: int, beam_prune_log_prob: float, *, lexicon: Lexicon | None, lm: NgramModel | None
+) -> None:
+    if beam_width < 1:
+        raise InputError(f"the beam width is {beam_width}, expected at least 1")
+    if not beam_prune_log_prob < 0:
+        raise InputError(f"beam_prune_log_prob is {beam_prune_log_prob}, expected below 0")
+    if lexicon is not None and lm is None:
+        raise InputError("a lexicon search needs a language model; it holds the list of words")
+
+
+def _no_lm() -> NgramTables:
+    """What stands where there is no language model."""
+    no_bytes, no_table = np.zeros(0, np.uint8), np.zeros((0, 256), np.float32)
+    return NgramTables(
+        order=1,
+        n_words=0,
+        order_start=np.zeros(2, np.int64),
+        last_word=no_bytes,
+        log_probs=np.zeros(0, np.float32),
+        backoffs=np.zeros(0, np.float32),
+        log_prob_codes=no_bytes,
+        backoff_codes=no_bytes,
+        log_prob_table=no_table,
+        backoff_table=no_table,
+        word_child=np.zeros(1, np.uint32),
+        child_block=np.zeros(1, np.uint32),
+        child_offset=np.zeros(1, np.uint16),
+        child_shift=0,
+    )
+
+
+_NO_LM: Final = _no_lm()

@@ -1,0 +1,346 @@
+"""What a search has found: readings, their words, and how much of the beam agrees with them.
+
+The beam is a lattice: a prefix stands for its rivals, which had the same future, and knows each
+one's share of the mass. A way from the root to a prefix goes by its own edges or by its rivals'.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from service.decoding.compiled import allocating, compiled
+from service.decoding.ngram import score_word
+from service.decoding.phrases import DEAD, completes, follow
+from service.decoding.search import (
+    N_SLOTS,
+    NO_WORD,
+    DoubleArray,
+    IntArray,
+    Knowledge,
+    LongArray,
+    SearchState,
+    spelled_word,
+    word_gain,
+)
+
+_HASH_MULTIPLIER: Final = 0x5851F42D4C957F2D
+_LEAST_POSTERIOR: Final = 1e-4
+
+
+class Readings(NamedTuple):
+    """The beam as if the audio ended here, best first; and the best way to each node.
+
+    `m` is the number of readings.
+    """
+
+    node: LongArray
+    """Node of each reading, int64, (m,)."""
+    word: LongArray
+    """The word that ends with it, `NO_WORD` where its last word has ended before, int64, (m,)."""
+    log_mass: DoubleArray
+    """Of all ways to the node, with the end of the word and of the sentence, float64, (m,)."""
+    log_share: DoubleArray
+    """Log share of the best way to each node of the tree, float64, (n,); NaN if not needed."""
+    way: IntArray
+    """The rival that the best way to a node comes by, −1 for its own edge, int32, (n,)."""
+    order: LongArray
+    """The nodes that any reading comes by, each behind those before it on a way, int64."""
+
+
+@allocating
+def read_beam(knowledge: Knowledge, state: SearchState, is_end: bool) -> Readings:
+    """End the running word of every prefix, and the sentence if `is_end`; the state stays."""
+    found = _end_words_of_beam(knowledge, state, is_end, False)
+    if len(found[0]) == 0:  # all are within words that cannot end: leave these out
+        found = _end_words_of_beam(knowledge, state, is_end, True)
+    nodes, words, masses = found
+    log_share = np.full(len(state.parent), np.nan)
+    way = np.full(len(state.parent), -1, np.int32)
+    log_mass = np.empty(len(nodes))
+    reached = [np.int64(0) for _ in range(0)]
+    for i in range(len(nodes)):
+        _find_best_way(state, nodes[i], log_share, way, reached)
+        log_mass[i] = math.log(masses[i]) + state.log_scale[0] if masses[i] > 0.0 else -np.inf
+    by_score = np.empty(len(nodes))
+    for i in range(len(nodes)):
+        by_score[i] = -(log_mass[i] + log_share[nodes[i]])
+    order = np.argsort(by_score, kind="mergesort")
+    return Readings(
+        nodes[order], words[order], log_mass[order], log_share, way, np.array(reached)
+    )
+
+
+@allocating
+def _find_best_way(
+    state: SearchState,
+    node: int,
+    log_share: DoubleArray,
+    way: IntArray,
+    reached: list[int],
+) -> None:
+    """Fill in the share of the best way to a node and to all it comes by."""
+    stack = [np.int64(node)]
+    while len(stack) > 0:
+        node = stack[-1]
+        if not math.isnan(log_share[node]):
+            stack.pop()
+            continue
+        parent = state.parent[node]
+        is_ready = True
+        if parent >= 0 and math.isnan(log_share[parent]):
+            stack.append(np.int64(parent))
+            is_ready = False
+        rival = state.first_rival[node]
+        while rival >= 0:
+            if math.isnan(log_share[rival]):
+                stack.append(np.int64(rival))
+                is_ready = False
+            rival = state.next_rival[rival]
+        if not is_ready:
+            continue
+        stack.pop()
+        best = 0.0
+        if parent >= 0:
+            best = math.log(state.own_share[node]) + log_share[parent]
+        rival = state.first_rival[node]
+        while rival >= 0:
+            through = math.log(state.share[rival]) + log_share[rival]
+            if through > best:
+                best = through
+                way[node] = rival
+            rival = state.next_rival[rival]
+        log_share[node] = best
+        reached.append(np.int64(node))
+
+
+@allocating
+def best_way(state: SearchState, readings: Readings, node: int) -> LongArray:
+    """The nodes of the best way from the root to a node, int64."""
+    nodes = [np.int64(0) for _ in range(0)]
+    while node >= 0:
+        while readings.way[node] >= 0:
+            node = readings.way[node]
+        nodes.append(np.int64(node))
+        node = state.parent[node]
+    return np.array(nodes[::-1])
+
+
+@allocating
+def _end_words_of_beam(
+    knowledge: Knowledge, state: SearchState, is_end: bool, leaves_out: bool
+) -> tuple[LongArray, LongArray, DoubleArray]:
+    settings, trie, phrases = knowledge.settings, knowledge.trie, knowledge.phrases
+    nodes = [np.int64(0) for _ in range(0)]
+    words = [np.int64(0) for _ in range(0)]
+    for slot in range(state.counts[N_SLOTS]):
+        node = np.int64(state.slot_node[slot])
+        place, phrase = state.place[node], state.phrase[node]
+        if leaves_out or place == 0:
+            nodes.append(node)
+            words.append(np.int64(NO_WORD))
+        elif settings.boundary >= 0:
+            word = spelled_word(knowledge, place, phrase)
+            if word != NO_WORD:
+                nodes.append(node)
+                words.append(np.int64(word))
+        else:
+            n_before = len(nodes)
+            if place > 0:
+                for i in range(trie.word_start[place], trie.word_start[place + 1]):
+                    nodes.append(node)
+                    words.append(np.int64(trie.words[i]))
+            while phrase > DEAD:
+                for child in range(phrases.child_start[phrase], phrases.child_start[phrase + 1]):
+                    word = phrases.symbol[child] - settings.n_tokens
+                    if word >= settings.n_lm_words:
+                        nodes.append(node)
+                        words.append(np.int64(word))
+                phrase = phrases.fail[phrase]
+            if settings.open_vocabulary and len(nodes) == n_before:
+                nodes.append(node)
+                words.append(np.int64(settings.unknown_word))
+    masses = np.empty(len(nodes))
+    for i in range(len(nodes)):
+        slot = state.slot_of[nodes[i]]
+        masses[i] = state.blank_mass[slot] + state.token_mass[slot]
+        masses[i] *= _end_gain(knowledge, state, nodes[i], words[i], is_end)
+    if settings.boundary >= 0:  # a text and the same with a boundary behind it are one reading
+        at = np.full(len(state.parent), -1)
+        for i in range(len(nodes)):
+            at[nodes[i]] = i
+        for i in range(len(nodes)):
+            parent = state.parent[nodes[i]]
+            if words[i] == NO_WORD and parent >= 0 and at[parent] >= 0:
+                masses[at[parent]] += masses[i]
+                masses[i] = 0.0
+    return np.array(nodes), np.array(words), masses
+
+
+@allocating
+def _end_gain(
+    knowledge: Knowledge, state: SearchState, node: int, word: int, is_end: bool
+) -> float:
+    """What the end of the running word, and of the sentence, multiplies the mass by."""
+    settings, phrases = knowledge.settings, knowledge.phrases
+    following = np.empty(state.lm_state.shape[1], np.int32)
+    following[:] = state.lm_state[node]
+    phrase = state.phrase[node]
+    gain = 1.0 / (state.look[node] * phrases.credit[phrase])
+    if word != NO_WORD:
+        symbol = settings.boundary if settings.boundary >= 0 else settings.n_tokens + word
+        gain *= word_gain(knowledge, state, node, word, following)
+        gain *= phrases.reward[follow(phrases, phrase, symbol, True)]
+        if word == settings.unknown_word and not completes(phrases, phrase, symbol):
+            gain *= settings.unknown_share
+        if settings.has_lm:
+            known = word if word < settings.n_lm_words else settings.unknown_word
+            score_word(knowledge.lm, state.lm_state[node], known, following)
+    if is_end and settings.has_lm:
+        unused = np.empty_like(following)
+        score = score_word(knowledge.lm, following, settings.end_word, unused)
+        gain *= math.exp(settings.lm_weight * score)
+    return gain
+
+
+class Spans(NamedTuple):
+    """Words of a reading, one entry each."""
+
+    word: LongArray
+    first: LongArray
+    """Node of the first token, int64."""
+    last: LongArray
+    """Node of the last token, int64."""
+
+
+@allocating
+def spans_of(
+    knowledge: Knowledge, state: SearchState, nodes: LongArray, last_word: int
+) -> Spans:
+    """The words on a way from the root.
+
+    Args:
+        knowledge: what was searched for.
+        state: the search.
+        nodes: the way, the root first, int64.
+        last_word: the word that ends with it, or `NO_WORD`.
+    """
+    words = [np.int64(0) for _ in range(0)]
+    first = [np.int64(0) for _ in range(0)]
+    last = [np.int64(0) for _ in range(0)]
+    has_boundary = knowledge.settings.boundary >= 0
+    begin = 1 if has_boundary or state.token[nodes[0]] < 0 else 0
+    for i in range(1, len(nodes)):
+        if state.word[nodes[i]] != NO_WORD:
+            words.append(np.int64(state.word[nodes[i]]))
+            first.append(nodes[begin])
+            last.append(nodes[i - 1])
+            begin = i + 1 if has_boundary else i
+    if last_word != NO_WORD:
+        words.append(np.int64(last_word))
+        first.append(nodes[begin])
+        last.append(nodes[-1])
+    return Spans(np.array(words), np.array(first), np.array(last))
+
+
+@allocating
+def posteriors(
+    knowledge: Knowledge, state: SearchState, readings: Readings, spans: Spans
+) -> DoubleArray:
+    """Share of all readings that have the same word at the same time.
+
+    Args:
+        knowledge: what was searched for.
+        state: the search.
+        readings: the beam.
+        spans: words of one reading.
+
+    Returns:
+        Between 0 and 1 for each word, float64.
+    """
+    n_words = len(spans.word)
+    keys = np.empty(n_words, np.int64)
+    for i in range(n_words):
+        keys[i] = _key(knowledge, state, spans.word[i], spans.last[i])[0]
+    heaviest = readings.log_mass.max()
+    mass = np.exp(readings.log_mass - heaviest)
+    mass /= mass.sum()
+    passing = np.zeros(len(state.parent))
+    found = np.zeros(n_words)
+    for i in range(len(readings.node)):
+        passing[readings.node[i]] += mass[i]
+        if readings.word[i] != NO_WORD and mass[i] > 0.0:
+            node = readings.node[i]
+            _count_word(knowledge, state, readings.word[i], node, mass[i], spans, keys, found)
+    for i in range(len(readings.order) - 1, -1, -1):
+        node = readings.order[i]
+        rival = state.first_rival[node]
+        while rival >= 0:
+            passing[rival] += passing[node] * state.share[rival]
+            rival = state.next_rival[rival]
+        parent = state.parent[node]
+        own = passing[node] * state.own_share[node]
+        if parent >= 0:
+            passing[parent] += own
+            if state.word[node] != NO_WORD and own > _LEAST_POSTERIOR:
+                _count_word(knowledge, state, state.word[node], parent, own, spans, keys, found)
+    return np.minimum(found, 1.0)
+
+
+@compiled
+def _count_word(
+    knowledge: Knowledge,
+    state: SearchState,
+    word: int,
+    last: int,
+    mass: float,
+    spans: Spans,
+    keys: LongArray,
+    found: DoubleArray,
+) -> None:
+    """Add the mass of a word's occurrence to the words it agrees with."""
+    key, first = _key(knowledge, state, word, last)
+    begin, end = state.first_frame[first], state.last_frame[last]
+    for i in range(len(keys)):
+        if (
+            keys[i] == key
+            and state.first_frame[spans.first[i]] <= end
+            and state.last_frame[spans.last[i]] >= begin
+        ):
+            found[i] += mass
+
+
+@compiled
+def _key(knowledge: Knowledge, state: SearchState, word: int, last: int) -> tuple[int, int]:
+    """What tells a word from others, and the node of its first token."""
+    settings = knowledge.settings
+    key = word + 1
+    node = last
+    while True:
+        if word == settings.unknown_word:
+            key = key * _HASH_MULTIPLIER + state.token[node]
+        parent = state.parent[node]
+        if parent < 0 or (settings.boundary < 0 and state.word[node] != NO_WORD):
+            return key, node
+        if settings.boundary >= 0 and state.token[parent] == settings.boundary:
+            return key, node
+        if state.parent[parent] < 0 and state.token[parent] < 0:
+            return key, node
+        node = parent
+
+
+@allocating
+def token_frames(state: SearchState, nodes: LongArray) -> tuple[LongArray, LongArray]:
+    """First and last frame of each token of a way, in order of time, int64, (nodes,)."""
+    n_nodes = len(nodes)
+    first = np.empty(n_nodes, np.int64)
+    last = np.empty(n_nodes, np.int64)
+    earliest = np.int64(1) << 40
+    for i in range(n_nodes - 1, -1, -1):
+        node = nodes[i]
+        first[i] = min(state.first_frame[node], earliest)
+        last[i] = max(first[i], min(state.last_frame[node], earliest - 1))
+        earliest = first[i]
+    return first, last
