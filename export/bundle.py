@@ -26,26 +26,32 @@ from export.parity import (
 from service.bundle import (
     CONFIG_NAME,
     FORMAT_VERSION,
+    G2P_GRAPH,
+    LEXICON,
     LM_BINARY,
+    LM_NGRAM,
     LM_WORDS,
     MODEL_CARD,
     OFFLINE_GRAPH,
     STREAMING_GRAPH,
     BundleConfig,
-    DecoderSettings,
+    DecodingSettings,
     Profile,
     Survival,
     hash_file,
+    write_lexicon,
 )
 from service.engine import OnnxEngine, OnnxStreamingEngine
 from service.errors import ExportError
 from service.evaluation import evaluate
 from service.features import FeatureSettings
+from service.g2p import Pronouncer
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
 from training.checkpoint import Checkpoint, load_checkpoint
+from training.lexicon import load_dictionary, make_lexicon
 from training.model import AcousticModel, Chunking
-from training.ngram import BINARY_NAME, WORDS_NAME
+from training.ngram import BINARY_NAME, NGRAM_NAME, WORDS_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +71,8 @@ def export_bundle(
     name: str,
     language: str,
     lm: Path | None = None,
-    decoder: DecoderSettings | None = None,
+    g2p: Path | None = None,
+    decoding: Path | None = None,
     survival: Path | None = None,
     dev: Path | None = None,
     notes: Path | None = None,
@@ -79,7 +86,9 @@ def export_bundle(
         name: name by which requests choose the model.
         language: BCP-47 tag.
         lm: folder that `voxgate lm build` wrote; None makes a bundle without a language model.
-        decoder: defaults of the beam search.
+        g2p: letters-to-phones graph that `voxgate g2p` wrote: pronounces the language model's
+            words that the dictionary lacks, and goes into the bundle.
+        decoding: settings of the decoders that `voxgate tune` wrote.
         survival: calibration of interim results that `benchmarks/fit_stability.py` wrote.
         dev: manifest on which the finished bundle is measured, and int8 held against float32.
         notes: Markdown on data and licences for the model card.
@@ -92,6 +101,7 @@ def export_bundle(
     _refuse_to_replace(folder)
     note_text = _read_notes(notes)
     calibration = _read_survival(survival)
+    settings = _read_decoding(decoding)
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -102,6 +112,7 @@ def export_bundle(
         _write_graphs(model, full_graph, work, int8=int8)
         if lm is not None:
             _copy_lm(lm, work)
+            _write_pronunciations(work, g2p)
         describe = functools.partial(
             _write_description,
             work,
@@ -109,7 +120,7 @@ def export_bundle(
             name=name,
             language=language,
             profiles=make_profiles(model, hop_ms=checkpoint.settings["features"]["hop_ms"]),
-            decoder=decoder or DecoderSettings(),
+            decoding=settings,
             survival=calibration,
             notes=note_text,
             int8=int8,
@@ -178,6 +189,28 @@ def _read_survival(path: Path | None) -> dict[str, Survival]:
         raise ExportError(f"cannot read the calibration {path}: {error}") from error
 
 
+def _read_decoding(path: Path | None) -> DecodingSettings:
+    if path is None:
+        return DecodingSettings()
+    try:
+        return DecodingSettings.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ExportError(f"cannot read the decoder settings {path}: {error}") from error
+
+
+def _write_pronunciations(work: Path, g2p: Path | None) -> None:
+    """Write the pronunciations of the language model's words, and the graph for others."""
+    pronouncer = None
+    (work / LEXICON).parent.mkdir()
+    if g2p is not None:
+        pronouncer = Pronouncer(g2p)
+        shutil.copy(g2p, work / G2P_GRAPH)
+    words = (work / LM_WORDS).read_text(encoding="utf-8").split()
+    lexicon = make_lexicon(words, load_dictionary(), pronouncer)
+    write_lexicon(lexicon, work / LEXICON)
+    logger.info("%d of %d words have pronunciations", len(lexicon), len(words))
+
+
 def _refuse_to_replace(folder: Path) -> None:
     """Let nothing but a bundle, or an empty folder, be replaced."""
     is_empty = folder.is_dir() and not any(folder.iterdir())
@@ -196,7 +229,8 @@ def _read_notes(notes: Path | None) -> str:
 
 def _copy_lm(lm: Path, work: Path) -> None:
     (work / LM_BINARY).parent.mkdir()
-    for source, target in ((BINARY_NAME, LM_BINARY), (WORDS_NAME, LM_WORDS)):
+    names = ((NGRAM_NAME, LM_NGRAM), (BINARY_NAME, LM_BINARY), (WORDS_NAME, LM_WORDS))
+    for source, target in names:
         if not (lm / source).is_file():
             raise ExportError(
                 f"{lm / source} is missing; name a folder that `voxgate lm build` wrote"
@@ -211,7 +245,7 @@ def _write_description(
     name: str,
     language: str,
     profiles: Mapping[str, Profile],
-    decoder: DecoderSettings,
+    decoding: DecodingSettings,
     survival: Mapping[str, Survival],
     notes: str,
     int8: bool,
@@ -238,7 +272,7 @@ def _write_description(
         phones=tuple(checkpoint.phones),
         subsampling=checkpoint.settings["model"]["subsampling"],
         profiles=profiles,
-        decoder=decoder,
+        decoding=decoding,
         survival=survival,
         files={p.relative_to(work).as_posix(): hash_file(p) for p in paths},
         provenance=provenance,
@@ -252,7 +286,8 @@ def _measure(
     work: Path, full_graph: Path, dev: Path, *, int8: bool, has_lm: bool
 ) -> dict[str, Any]:
     """Error rates of the new bundle by decoder and corpus, and what int8 costs."""
-    recogniser = load_recogniser(work)
+    beams: tuple[DecoderName, ...] = ("beam-phones", "beam-characters", "reference")
+    recogniser = load_recogniser(work, decoders=("greedy", *(beams if has_lm else ())))
     measured: dict[str, Any] = {}
     exact = replace(
         recogniser,
@@ -262,8 +297,8 @@ def _measure(
     for profile in (None, *recogniser.profiles):
         name = "" if profile is None else f"{profile} "
         measured[f"{name}greedy"] = _evaluate(recogniser, dev, "greedy", profile)
-        if has_lm:
-            measured[f"{name}beam"] = _evaluate(recogniser, dev, "beam", profile)
+        for beam in beams if has_lm and profile is None else beams[:has_lm]:
+            measured[f"{name}{beam}"] = _evaluate(recogniser, dev, beam, profile)
         if int8:
             measured[f"{name}greedy_float32"] = _evaluate(exact, dev, "greedy", profile)
             _refuse_int8_loss(measured, name, dev)

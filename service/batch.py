@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from service.audio import AUDIO_EXTENSIONS, Stopwatch, load_blocks
+from service.decoding.hypothesis import Phrase
 from service.errors import AudioError
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser
@@ -58,6 +59,7 @@ def run_jobs(
     decoder: DecoderName,
     n_best: int,
     n_threads: int,
+    phrases: Sequence[Phrase] = (),
     on_audio: Callable[[float], object] = lambda _: None,
 ) -> Iterator[Outcome]:
     """Transcribe jobs on several threads; outcomes come in the order of the jobs.
@@ -68,6 +70,7 @@ def run_jobs(
         decoder: how emissions are searched.
         n_best: alternatives wanted for each segment.
         n_threads: recordings that are transcribed at the same time.
+        phrases: what is expected or unwanted.
         on_audio: called with the seconds of audio dealt with, from any thread.
     """
 
@@ -77,7 +80,11 @@ def run_jobs(
         try:
             segments = list(
                 recogniser.recognise_blocks(
-                    duration.measure(blocks), decoder=decoder, n_best=n_best, on_audio=on_audio
+                    duration.measure(blocks),
+                    decoder=decoder,
+                    n_best=n_best,
+                    phrases=phrases,
+                    on_audio=on_audio,
                 )
             )
         except AudioError as error:

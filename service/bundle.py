@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,12 +20,15 @@ from service.errors import BundleError
 from service.features import FeatureSettings
 from service.text import BLANK, BLANK_TOKEN
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 CONFIG_NAME: Final = "config.json"
 OFFLINE_GRAPH: Final = "offline.onnx"
 STREAMING_GRAPH: Final = "streaming.onnx"
+LM_NGRAM: Final = "lm/lm.ngram"
 LM_BINARY: Final = "lm/lm.binary"
 LM_WORDS: Final = "lm/words.txt"
+LEXICON: Final = "lexicon/lexicon.txt"
+G2P_GRAPH: Final = "lexicon/g2p.onnx"
 MODEL_CARD: Final = "MODEL_CARD.md"
 DEFAULT_PROFILE: Final = "balanced"
 BUNDLE_VARIABLE: Final = "VOXGATE_BUNDLE"
@@ -37,8 +40,31 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+SearchTokens = Literal["characters", "phones"]
+
+
+class Confidence(_Part):
+    """Probability that a recognised word is right: a logistic regression."""
+
+    intercept: float = 0.0
+    """Added always."""
+    weights: tuple[float, ...] = ()
+    """By what the search knows of a word; without any, its share of the beam is given."""
+
+
+class ReferenceSettings(_Part):
+    """Defaults of pyctcdecode, fitted on development data."""
+
+    beam_width: Annotated[int, Field(ge=1)] = 100
+    """Hypotheses kept after each frame."""
+    alpha: float = 0.5
+    """Weight of the language model."""
+    beta: float = 1.0
+    """Added for each word."""
+
+
 class DecoderSettings(_Part):
-    """Defaults of the beam search, fitted on development data."""
+    """Defaults of a beam search, fitted on development data."""
 
     beam_width: Annotated[int, Field(ge=1)] = 100
     """Hypotheses kept after each frame."""
@@ -52,6 +78,31 @@ class DecoderSettings(_Part):
     """Beams this far below the best are dropped, natural log."""
     token_min_log_prob: float = -5.0
     """Tokens below this in a frame are not followed, natural log."""
+    look_ahead: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of a word's log probability that is charged while it is spelled."""
+    start_shift_frames: float = 0.0
+    """Added to the output frame of a word's first token: CTC is late."""
+    end_shift_frames: float = 0.0
+    """Added to the output frame after a word's last token."""
+    confidence: Confidence = Confidence()
+    """Calibration of word confidences."""
+
+
+class DecodingSettings(_Part):
+    """How emissions are searched where a request does not say; `voxgate tune` writes this."""
+
+    search_tokens: SearchTokens = "characters"
+    """Which head `beam` searches."""
+    characters: DecoderSettings = DecoderSettings()
+    """Defaults of the search over characters."""
+    phones: DecoderSettings = DecoderSettings(look_ahead=1.0)
+    """Defaults of the search over phones."""
+    reference: ReferenceSettings = ReferenceSettings()
+    """Defaults of the reference decoder."""
+
+    def of(self, search_tokens: SearchTokens) -> DecoderSettings:
+        """Defaults of the search over one head."""
+        return self.phones if search_tokens == "phones" else self.characters
 
 
 class Profile(_Part):
@@ -102,8 +153,8 @@ class BundleConfig(_Part):
     """Feature frames for each output frame."""
     profiles: Mapping[str, Profile]
     """How streams may be read, by the name that requests use; `balanced` is the default."""
-    decoder: DecoderSettings
-    """Defaults of the beam search."""
+    decoding: DecodingSettings = DecodingSettings()
+    """How emissions are searched."""
     survival: Mapping[str, Survival] = {}
     """Calibration of interim results, by the kind of final result: decoder, and `+second-pass`."""
     files: Mapping[str, str]
@@ -147,15 +198,47 @@ class Bundle:
         return self.folder / STREAMING_GRAPH
 
     @property
+    def ngram(self) -> Path | None:
+        """The compiled language model, where the bundle has one."""
+        return self._find(LM_NGRAM)
+
+    @property
     def lm_binary(self) -> Path | None:
-        """The KenLM binary, where the bundle has a language model."""
-        return self.folder / LM_BINARY if LM_BINARY in self.config.files else None
+        """The KenLM binary that the reference decoder reads, where the bundle has one."""
+        return self._find(LM_BINARY)
+
+    @property
+    def g2p_graph(self) -> Path | None:
+        """The letters-to-phones graph, where the bundle has one."""
+        return self._find(G2P_GRAPH)
+
+    @property
+    def has_lexicon(self) -> bool:
+        """Whether words have pronunciations, so that phones can be searched."""
+        return LEXICON in self.config.files
 
     def read_words(self) -> list[str]:
-        """The language model's word list; empty where there is no language model."""
+        """The word list of the KenLM binary; empty where there is none."""
         if self.lm_binary is None:
             return []
         return (self.folder / LM_WORDS).read_text(encoding="utf-8").split()
+
+    def read_lexicon(self) -> dict[str, list[tuple[str, ...]]]:
+        """The pronunciations of each word, the usual one first; see `write_lexicon`."""
+        lexicon: dict[str, list[tuple[str, ...]]] = {}
+        for line in (self.folder / LEXICON).read_text(encoding="utf-8").splitlines():
+            word, *phones = line.split()
+            lexicon.setdefault(word, []).append(tuple(phones))
+        return lexicon
+
+    def _find(self, name: str) -> Path | None:
+        return self.folder / name if name in self.config.files else None
+
+
+def write_lexicon(lexicon: Mapping[str, Sequence[Sequence[str]]], path: Path) -> None:
+    """Write pronunciations, a line each: the word and its phones."""
+    lines = (f"{word} {' '.join(phones)}\n" for word in sorted(lexicon) for phones in lexicon[word])
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -176,6 +259,8 @@ def load_bundle(folder: Path) -> Bundle:
     for name, expected in config.files.items():
         _check_file(folder, name, expected)
     needed = [OFFLINE_GRAPH, STREAMING_GRAPH, *([LM_WORDS] if LM_BINARY in config.files else [])]
+    if config.decoding.search_tokens == "phones":
+        needed += [LEXICON, LM_NGRAM]
     for name in needed:
         if name not in config.files:
             raise BundleError(f"{path} lists no {name}; export the bundle again")

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from service.bundle import BUNDLE_VARIABLE, DecoderSettings, find_bundle
+from service.bundle import BUNDLE_VARIABLE, find_bundle
 from service.errors import MissingExtraError, VoxgateError
 from service.processors import count_usable_processors
 
@@ -50,6 +50,9 @@ class DecoderChoice(str, Enum):
 
     greedy = "greedy"
     beam = "beam"
+    beam_characters = "beam-characters"
+    beam_phones = "beam-phones"
+    reference = "reference"
 
 
 class FormatChoice(str, Enum):
@@ -78,6 +81,14 @@ BundleOption = Annotated[
 ]
 DecoderOption = Annotated[
     DecoderChoice, typer.Option("--decoder", help="Search with the language model, or without.")
+]
+BoostOption = Annotated[
+    list[str] | None,
+    typer.Option("--boost", metavar="PHRASE", help="Prefer a phrase; may be given many times."),
+]
+BoostWeightOption = Annotated[
+    float,
+    typer.Option("--boost-weight", help="What a phrase adds to the log score; negative avoids it."),
 ]
 AddressOption = Annotated[str, typer.Option("--address", metavar="H:P", help="The server.")]
 ThreadsOption = Annotated[
@@ -113,6 +124,8 @@ def transcribe(
     alternatives: Annotated[
         int, typer.Option("--alternatives", min=1, metavar="N", help="Readings in JSON.")
     ] = 1,
+    boost: BoostOption = None,
+    boost_weight: BoostWeightOption = 5.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out recordings whose transcript exists.")
     ] = False,
@@ -120,6 +133,7 @@ def transcribe(
 ) -> None:
     """Transcribe recordings."""
     from service.batch import find_jobs, output_path, run_jobs, write_transcript  # noqa: PLC0415
+    from service.decoding.hypothesis import Phrase  # noqa: PLC0415
     from service.transcript import write_as  # noqa: PLC0415
 
     jobs = find_jobs(paths, output=output)
@@ -133,6 +147,8 @@ def transcribe(
         jobs = todo
     n_threads = threads or count_usable_processors()
     recogniser = _load(bundle, n_threads=1, decoder=decoder)
+    phrases = [Phrase(text, boost_weight) for text in boost or []]
+    recogniser.decoder(decoder.value).open(phrases=phrases)  # refuses what cannot be used
     n_failed, audio_s = 0, 0.0
     with _progress_bar() as progress:
         task = progress.add_task("transcribing", total=len(jobs))
@@ -143,6 +159,7 @@ def transcribe(
             decoder=decoder.value,
             n_best=alternatives,
             n_threads=n_threads,
+            phrases=phrases,
             on_audio=lambda seconds: progress.advance(heard, seconds),
         )
         for outcome in outcomes:
@@ -229,7 +246,12 @@ def serve(
     folder = find_bundle(bundle)
     n_threads = threads or count_usable_processors()
     logger.info("loading %s", folder)
-    recogniser = load_recogniser(folder, provider=provider.value)
+    is_reference = decoder is DecoderChoice.reference
+    recogniser = load_recogniser(
+        folder,
+        provider=provider.value,
+        decoders=("greedy", "beam", "reference") if is_reference else None,
+    )
     asyncio.run(
         run(
             recogniser,
@@ -266,6 +288,8 @@ def stream(
         bool,
         typer.Option("--second-pass/--no-second-pass", help="Read utterances again at their end."),
     ] = True,
+    boost: BoostOption = None,
+    boost_weight: BoostWeightOption = 5.0,
     single_utterance: Annotated[
         bool, typer.Option("--single-utterance", help="End with the first utterance.")
     ] = False,
@@ -285,7 +309,12 @@ def stream(
     from service.microphone import SAMPLE_RATE, record  # noqa: PLC0415
     from service.pb.voxgate.v1 import speech_pb2 as pb  # noqa: PLC0415
 
-    recognition = pb.RecognitionConfig(decoder=decoder.name.upper())
+    kind, _, search_tokens = decoder.name.upper().partition("_")
+    recognition = pb.RecognitionConfig(
+        decoder=kind,
+        search_tokens=search_tokens or None,
+        speech_contexts=[pb.SpeechContext(phrases=boost, boost=boost_weight)] if boost else [],
+    )
     if source == "-":
         recognition.sample_rate_hertz = sample_rate
         pieces = read_pieces(sys.stdin.buffer)
@@ -360,8 +389,13 @@ def export(
         Path | None,
         typer.Option("--notes", metavar="FILE.md", help="Data and licences for the model card."),
     ] = None,
-    alpha: Annotated[float, typer.Option("--alpha", help="Language model weight.")] = 0.5,
-    beta: Annotated[float, typer.Option("--beta", help="Added for each word.")] = 1.0,
+    g2p: Annotated[
+        Path | None, typer.Option("--g2p", metavar="FILE.onnx", help="What `voxgate g2p` wrote.")
+    ] = None,
+    decoding: Annotated[
+        Path | None,
+        typer.Option("--decoding", metavar="FILE.json", help="What `voxgate tune` wrote."),
+    ] = None,
     survival: Annotated[
         Path | None,
         typer.Option("--survival", metavar="FILE.json", help="Calibration of interim results."),
@@ -385,7 +419,8 @@ def export(
         name=name or folder.resolve().name,
         language=language,
         lm=lm,
-        decoder=DecoderSettings(alpha=alpha, beta=beta),
+        g2p=g2p,
+        decoding=decoding,
         survival=survival,
         dev=dev,
         notes=notes,
@@ -437,6 +472,91 @@ def lm_build(
         keep_arpa=arpa,
     )
     _stderr.print(str(report))
+
+
+@lm_app.command("compile")
+def lm_compile(
+    source: Annotated[Path, typer.Argument(metavar="MODEL.arpa", help="Plain, .gz or .xz.")],
+    target: Annotated[Path, typer.Argument(metavar="MODEL.ngram", help="The file to write.")],
+    *,
+    quantise: Annotated[
+        bool, typer.Option("--quantise", help="Store a value in a byte, not four.")
+    ] = False,
+) -> None:
+    """Compile an ARPA language model into the form that the beam search maps into memory."""
+    _require("tqdm", "lm compile")
+    from training.arpa import compile_arpa  # noqa: PLC0415
+
+    compile_arpa(source, quantise=quantise).save(target)
+    _stderr.print(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def g2p(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Gets g2p.onnx and the run.")],
+    *,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the words.")] = 22,
+    threads: ThreadsOption = None,
+) -> None:
+    """Train letters-to-phones on the pronouncing dictionary; a stopped run goes on."""
+    _require_training("g2p")
+    import torch  # noqa: PLC0415
+
+    from export.g2p import export_g2p  # noqa: PLC0415
+    from training.g2p import evaluate_g2p, split_words, train_g2p  # noqa: PLC0415
+    from training.lexicon import load_dictionary  # noqa: PLC0415
+
+    torch.set_num_threads(threads or count_usable_processors())
+    dictionary = load_dictionary()
+    model = train_g2p(dictionary, directory, n_epochs=epochs)
+    export_g2p(model, directory / "g2p.onnx")
+    errors = evaluate_g2p(model, split_words(dictionary).test, dictionary)
+    _stderr.print(
+        f"wrote {directory / 'g2p.onnx'}: word error {errors.words:.2%}, phone error "
+        f"{errors.phones:.2%} on words it has not seen"
+    )
+
+
+@app.command()
+def tune(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="Development data.")],
+    *,
+    bundle: BundleOption = None,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="FILE.json", help="For `voxgate export`.")
+    ] = Path("decoding.json"),
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a heat map.")
+    ] = None,
+    alphas: Annotated[str, typer.Option("--alphas", help="Language model weights to try.")] = (
+        "0.5,0.6,0.7,0.8,0.9,1.0"
+    ),
+    betas: Annotated[str, typer.Option("--betas", help="Word scores to try.")] = (
+        "0,0.5,1,1.5,2,2.5,3"
+    ),
+    threads: ThreadsOption = None,
+) -> None:
+    """Fit the decoder's weights and confidences on development data."""
+    from service.tuning import tune_bundle  # noqa: PLC0415
+
+    settings = tune_bundle(
+        find_bundle(bundle),
+        manifest,
+        alphas=_to_numbers("--alphas", alphas),
+        betas=_to_numbers("--betas", betas),
+        n_threads=threads or count_usable_processors(),
+        plot=plot,
+        on_line=_stderr.print,
+    )
+    output.write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    _stderr.print(f"wrote {output}; put it into a bundle with: voxgate export --decoding {output}")
+
+
+def _to_numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        _fail(f"{option} {text!r}: expected numbers such as 0.5,1", status=2)
 
 
 def _load(bundle: Path | None, *, n_threads: int, decoder: DecoderChoice) -> Recogniser:

@@ -68,26 +68,26 @@ class StreamingEngine(Protocol):
             state: what the window before left.
 
         Returns:
-            Log probabilities of the window, float32, (batch, frames, token): the first
-            `n_chunk_frames` are settled, those behind them know less of what follows; how many
-            frames there are, int64, (batch,); and the state at the end of the chunk.
+            Log probabilities of the window, float32, (batch, frames, unit), the tokens' and then
+            the phones': the first `n_chunk_frames` are settled, those behind them know less of what
+            follows; how many frames there are, int64, (batch,); and the state at the chunk's end.
         """
         ...
 
 
 class AcousticEngine(Protocol):
-    """Maps features to log_probs."""
+    """Maps features to log_probs of both heads, tokens and phones."""
 
     def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
-        """Compute the token log_probs of a batch.
+        """Compute the log_probs of a batch.
 
         Args:
             features: log-mel energies, float32, (batch, time, mel); padding is ignored.
             feature_lengths: frames of each utterance, int64, (batch,), at least 1.
 
         Returns:
-            Log probabilities, float32, (batch, frames, token); frames behind an utterance's end
-            mean nothing.
+            Log probabilities, float32, (batch, frames, unit), those of the tokens and then those
+            of the phones; frames behind an utterance's end mean nothing.
         """
         ...
 
@@ -109,10 +109,9 @@ class OnnxEngine:
         self._session = _open_session(graph, provider=provider, n_threads=n_threads)
 
     def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
-        """Compute the token log_probs of a batch; see `AcousticEngine`."""
+        """Compute the log_probs of a batch; see `AcousticEngine`."""
         inputs = dict(zip(INPUTS, (features, feature_lengths), strict=True))
-        outputs = self._session.run([OUTPUTS[0]], inputs)
-        return np.asarray(outputs[0], dtype=np.float32)
+        return np.concatenate(self._session.run(OUTPUTS[:2], inputs), axis=-1, dtype=np.float32)
 
 
 class OnnxStreamingEngine:
@@ -144,11 +143,10 @@ class OnnxStreamingEngine:
     ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
         """Read one window of each stream; see `StreamingEngine`."""
         values = (features, feature_lengths, np.array(n_chunk_frames, np.int64), *state)
-        wanted = [STREAMING_OUTPUTS[0], *STREAMING_OUTPUTS[2:]]
-        log_probs, lengths, *after = self._session.run(
-            wanted, dict(zip(STREAMING_INPUTS, values, strict=True))
+        tokens, phones, lengths, *after = self._session.run(
+            STREAMING_OUTPUTS, dict(zip(STREAMING_INPUTS, values, strict=True))
         )
-        return log_probs, lengths, StreamState(*after)
+        return np.concatenate([tokens, phones], axis=-1), lengths, StreamState(*after)
 
 
 def _open_session(

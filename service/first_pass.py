@@ -27,7 +27,7 @@ class FirstPass:
         profile: Profile,
         *,
         n_mels: int,
-        n_tokens: int,
+        n_units: int,
         subsampling: int,
         mute: Mute,
     ) -> None:
@@ -37,9 +37,9 @@ class FirstPass:
             engine: the acoustic model.
             profile: length of chunk and right context.
             n_mels: bands of the features.
-            n_tokens: length of the token list.
+            n_units: tokens and phones.
             subsampling: feature frames for each output frame.
-            mute: changes log_probs (frames, token) in place, given their features (time, mel).
+            mute: changes log_probs (frames, unit) in place, given their features (time, mel).
         """
         self._engine = engine
         self._n_chunk = profile.chunk_frames
@@ -48,12 +48,12 @@ class FirstPass:
         self._state = engine.initial_state()
         self._window = np.zeros((profile.window_feature_frames, n_mels), np.float32)
         self._n_waiting = 0
-        self._nothing = np.zeros((0, n_tokens), np.float32)
+        self._nothing = np.zeros((0, n_units), np.float32)
         self.tentative: FloatArray = self._nothing
-        """Log_probs right of the settled ones, (frames, token), as far as they are known."""
+        """Log_probs right of the settled ones, (frames, unit), as far as they are known."""
 
     def push(self, features: FloatArray) -> FloatArray:
-        """Take the next features, float32, (time, mel); return what they settle, (frames, token).
+        """Take the next features, float32, (time, mel); return what they settle, (frames, unit).
 
         The settled log_probs do not depend on how the features are cut.
         """
@@ -73,7 +73,7 @@ class FirstPass:
             self.tentative, _ = self._read()
 
     def finish(self) -> FloatArray:
-        """Settle what is left at the end of the audio: log_probs, float32, (frames, token)."""
+        """Settle what is left at the end of the audio: log_probs, float32, (frames, unit)."""
         settled = [self._nothing]
         while self._n_waiting > 0:
             settled.append(self._settle())

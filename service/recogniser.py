@@ -17,9 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from service.bundle import DEFAULT_PROFILE, Bundle, Profile, Survival, load_bundle
+from service.bundle import (
+    DEFAULT_PROFILE,
+    Bundle,
+    DecoderSettings,
+    Profile,
+    SearchTokens,
+    Survival,
+    load_bundle,
+)
+from service.decoding.beam import BeamDecoder, WordCalibration
 from service.decoding.greedy import GreedyDecoder
-from service.decoding.hypothesis import Decoder, Hypothesis, Word
+from service.decoding.hypothesis import Decoder, Hypothesis, Phrase, Word
+from service.decoding.ngram import NgramModel, load_ngram
 from service.decoding.reference import ReferenceDecoder
 from service.endpointing import EndpointSettings
 from service.engine import (
@@ -29,13 +39,16 @@ from service.engine import (
     Provider,
     StreamingEngine,
 )
+from service.errors import BundleError, RequestError
 from service.features import FeatureSettings, FeatureStream
 from service.first_pass import FirstPass
+from service.g2p import Pronouncer
 from service.segmenter import Segmenter, Utterance, UtteranceEnded
-from service.text import BLANK, SPACE
+from service.text import BLANK_TOKEN, SPACE
 
 FloatArray = npt.NDArray[np.float32]
-DecoderName = Literal["greedy", "beam"]
+DecoderName = Literal["greedy", "beam", "beam-characters", "beam-phones", "reference"]
+"""`beam` searches the head that the bundle prefers; `reference` is pyctcdecode with KenLM."""
 
 LONGEST_WHOLE_S: Final = 60.0
 """A longer recording is cut into utterances."""
@@ -111,7 +124,9 @@ class Recogniser:
     subsampling: int
     """Feature frames for each output frame."""
     tokens: tuple[str, ...]
-    """Token list, blank first."""
+    """Token list of the first head, blank first."""
+    phones: tuple[str, ...]
+    """Phone list of the second head, blank first; its log_probs follow those of the tokens."""
     engine: AcousticEngine
     """The model with full context."""
     streaming_engine: StreamingEngine
@@ -121,6 +136,8 @@ class Recogniser:
     survival: Mapping[str, Survival]
     """Calibration of interim results, by the kind of final result."""
     decoders: Mapping[DecoderName, Decoder]
+    phone_decoders: frozenset[DecoderName]
+    """The decoders that search the phones."""
     timings: Timings = field(default_factory=Timings)
 
     @property
@@ -139,17 +156,39 @@ class Recogniser:
         overlap_s = (self.features.window_ms - self.features.hop_ms) / 1000
         return window * self.features.hop_ms / 1000 + overlap_s
 
+    def decoder(self, name: DecoderName) -> Decoder:
+        """The decoder of that name.
+
+        Raises:
+            RequestError: it was not loaded.
+        """
+        if name not in self.decoders:
+            raise RequestError(
+                f"the decoder {name} is not there; this model has {', '.join(self.decoders)}"
+            )
+        return self.decoders[name]
+
+    def columns(self, decoder: DecoderName) -> slice:
+        """The columns of an emission that a decoder reads."""
+        n_tokens = len(self.tokens)
+        return slice(n_tokens, None) if decoder in self.phone_decoders else slice(n_tokens)
+
     def warm_up(self) -> None:
         """Run every stage once, so that no request pays for what the first run sets up."""
-        silence = np.zeros(int(_WARM_UP_S * self.sample_rate), np.float32)
+        noise = np.random.default_rng(0).normal(size=int(_WARM_UP_S * self.sample_rate))
         for decoder in self.decoders:
-            self.recognise(silence, decoder=decoder)
+            self.recognise((0.1 * noise).astype(np.float32), decoder=decoder, n_best=2)
         for name, profile in self.profiles.items():
             window = np.zeros((profile.window_feature_frames, self.features.n_mels), np.float32)
             self.open_first_pass(name).push(window)
 
     def recognise(
-        self, waveform: FloatArray, *, decoder: DecoderName, n_best: int = 1
+        self,
+        waveform: FloatArray,
+        *,
+        decoder: DecoderName,
+        n_best: int = 1,
+        phrases: Sequence[Phrase] = (),
     ) -> list[Segment]:
         """Recognise a whole recording.
 
@@ -157,11 +196,17 @@ class Recogniser:
             waveform: mono samples in [-1, 1], float32, (time,), at `sample_rate`.
             decoder: how emissions are searched.
             n_best: alternatives wanted for each segment.
+            phrases: what is expected or unwanted.
 
         Returns:
             Consecutive segments, at least one.
+
+        Raises:
+            InputError: a phrase cannot be used, or there is no such decoder.
         """
-        return list(self.recognise_blocks([waveform], decoder=decoder, n_best=n_best))
+        return list(
+            self.recognise_blocks([waveform], decoder=decoder, n_best=n_best, phrases=phrases)
+        )
 
     def recognise_blocks(
         self,
@@ -169,6 +214,7 @@ class Recogniser:
         *,
         decoder: DecoderName,
         n_best: int = 1,
+        phrases: Sequence[Phrase] = (),
         on_audio: Callable[[float], object] = lambda _: None,
     ) -> Iterator[Segment]:
         """Recognise a recording that is read block by block; memory does not grow with it.
@@ -177,6 +223,7 @@ class Recogniser:
             blocks: consecutive samples, each as `recognise` takes them.
             decoder: how emissions are searched.
             n_best: alternatives wanted for each segment.
+            phrases: what is expected or unwanted.
             on_audio: called with the seconds of audio that were dealt with since the last call.
 
         Yields:
@@ -185,7 +232,13 @@ class Recogniser:
         """
         whole, frames = self._take_whole(self._features_of(blocks))
         if frames is None:
-            yield self.segment(self.emission(whole), first_frame=0, decoder=decoder, n_best=n_best)
+            yield self.segment(
+                self.emission(whole),
+                first_frame=0,
+                decoder=decoder,
+                n_best=n_best,
+                phrases=phrases,
+            )
             on_audio(len(whole) * self.features.hop_ms / 1000)
             return
         n_feature_frames = 0
@@ -207,6 +260,7 @@ class Recogniser:
                     earliest_frame=utterance.earliest_frame,
                     decoder=decoder,
                     n_best=n_best,
+                    phrases=phrases,
                 )
                 end_frame = utterance.first_frame + len(emission)
                 on_audio((end_frame - first_frame) * self.frame_s)
@@ -261,7 +315,7 @@ class Recogniser:
             self.streaming_engine,
             self.profiles[profile],
             n_mels=self.features.n_mels,
-            n_tokens=len(self.tokens),
+            n_units=len(self.tokens) + len(self.phones),
             subsampling=self.subsampling,
             mute=self._mute_silence,
         )
@@ -295,6 +349,7 @@ class Recogniser:
             endpointing,
             subsampling=self.subsampling,
             frame_s=self.frame_s,
+            n_tokens=len(self.tokens),
             space=self.tokens.index(SPACE) if SPACE in self.tokens else None,
         )
 
@@ -306,18 +361,24 @@ class Recogniser:
         earliest_frame: int = 0,
         decoder: DecoderName,
         n_best: int = 1,
+        phrases: Sequence[Phrase] = (),
     ) -> Segment:
         """Decode the emission of one segment.
 
         Args:
-            emission: log_probs, float32, (frames, token).
+            emission: log_probs, float32, (frames, unit).
             first_frame: output frames of the recording before it.
             earliest_frame: where the segment before it ended; the silence between may be in both.
             decoder: how it is searched.
             n_best: alternatives wanted.
+            phrases: what is expected or unwanted.
+
+        Raises:
+            InputError: a phrase cannot be used, or there is no such decoder.
         """
         start = time.perf_counter()
-        hypotheses = self.decoders[decoder].decode(emission, n_best=n_best)
+        searched = emission[:, self.columns(decoder)]
+        hypotheses = self.decoder(decoder).decode(searched, n_best=n_best, phrases=phrases)
         self.timings.decoding_s += time.perf_counter() - start
         return Segment(
             alternatives=tuple(
@@ -337,10 +398,11 @@ class Recogniser:
             utterances: log-mel energies, float32, each (time, mel).
 
         Returns:
-            Log probabilities, float32, each (frames, token).
+            Log probabilities, float32, each (frames, unit): tokens, then phones.
         """
         n_frames = np.array([len(features) for features in utterances])
-        emissions = [np.zeros((0, len(self.tokens)), np.float32) for _ in utterances]
+        n_units = len(self.tokens) + len(self.phones)
+        emissions = [np.zeros((0, n_units), np.float32) for _ in utterances]
         filled = np.flatnonzero(n_frames)
         if len(filled) == 0:
             return emissions
@@ -361,7 +423,8 @@ class Recogniser:
         loudness = np.full(n_frames * self.subsampling, -np.inf, np.float32)
         loudness[: len(window)] = window.max(axis=1)[: len(loudness)]
         silent = loudness.reshape(n_frames, -1).max(axis=1) < _SILENCE_LOG_ENERGY
-        speech = [i for i, token in enumerate(self.tokens) if i != BLANK and token != SPACE]
+        units = (*self.tokens, *self.phones)
+        speech = [i for i, unit in enumerate(units) if unit not in (BLANK_TOKEN, SPACE)]
         emission[np.ix_(silent, speech)] = _NEVER
 
     def timed_words(
@@ -378,14 +441,15 @@ class Recogniser:
             The words; each lasts at least a frame, none begins before the one before it ended.
         """
         timed = []
+        earliest = float(earliest_frame)
         for word in words:
-            start_frame = max(earliest_frame, first_frame + word.start_frame)
-            earliest_frame = max(start_frame + 1, first_frame + word.end_frame)
+            start = max(earliest, first_frame + word.start_frame)
+            earliest = max(start + 1, first_frame + word.end_frame)
             timed.append(
                 TimedWord(
                     text=word.text,
-                    start_s=start_frame * self.frame_s,
-                    end_s=earliest_frame * self.frame_s,
+                    start_s=start * self.frame_s,
+                    end_s=earliest * self.frame_s,
                     confidence=min(1.0, max(0.0, word.confidence)),
                 )
             )
@@ -405,7 +469,7 @@ def load_recogniser(
     *,
     provider: Provider = "cpu",
     n_threads: int = 1,
-    decoders: tuple[DecoderName, ...] = ("greedy", "beam"),
+    decoders: Sequence[DecoderName] | None = None,
 ) -> Recogniser:
     """Load a bundle, ready to use.
 
@@ -413,7 +477,8 @@ def load_recogniser(
         folder: the bundle.
         provider: where the acoustic model runs.
         n_threads: threads of one run of the acoustic model and of numpy.
-        decoders: which decoders are made; `beam` loads the language model.
+        decoders: which decoders are made; all but `greedy` load the language model. None makes all
+            that the bundle has, but for the reference.
 
     Raises:
         BundleError: the bundle is missing, incomplete, altered, or of another format.
@@ -422,32 +487,95 @@ def load_recogniser(
     threadpool_limits(n_threads)
     bundle = load_bundle(folder)
     config = bundle.config
+    if decoders is None:
+        phones: list[DecoderName] = ["beam-phones"] if bundle.has_lexicon else []
+        decoders = ["greedy", "beam", "beam-characters", *phones]
     recogniser = Recogniser(
         name=config.name,
         language=config.language,
         features=config.features,
         subsampling=config.subsampling,
         tokens=config.tokens,
+        phones=config.phones,
         engine=OnnxEngine(bundle.offline_graph, provider=provider, n_threads=n_threads),
         streaming_engine=OnnxStreamingEngine(
             bundle.streaming_graph, provider=provider, n_threads=n_threads
         ),
         profiles=config.profiles,
         survival=config.survival,
-        decoders={name: _make_decoder(name, bundle) for name in decoders},
+        decoders=make_decoders(bundle, decoders),
+        phone_decoders=frozenset(
+            name for name in decoders if _search_tokens(name, bundle) == "phones"
+        ),
     )
     recogniser.warm_up()
     return recogniser
 
 
-def _make_decoder(name: DecoderName, bundle: Bundle) -> Decoder:
-    if name == "greedy":
-        return GreedyDecoder(bundle.config.tokens)
+def make_decoders(bundle: Bundle, names: Sequence[DecoderName]) -> dict[DecoderName, Decoder]:
+    """The decoders of a bundle; those that are the same share everything.
+
+    Raises:
+        BundleError: the bundle lacks what a decoder needs.
+    """
+    searches: dict[SearchTokens, BeamDecoder] = {}
+    lm = load_ngram(bundle.ngram) if bundle.ngram and set(names) != {"greedy"} else None
+    decoders: dict[DecoderName, Decoder] = {}
+    for name in names:
+        search_tokens = _search_tokens(name, bundle)
+        if name == "greedy":
+            decoders[name] = GreedyDecoder(bundle.config.tokens)
+        elif name == "reference":
+            decoders[name] = _make_reference(bundle)
+        else:
+            if search_tokens not in searches:
+                searches[search_tokens] = make_beam_decoder(
+                    bundle, lm, search_tokens, bundle.config.decoding.of(search_tokens)
+                )
+            decoders[name] = searches[search_tokens]
+    return decoders
+
+
+def make_beam_decoder(
+    bundle: Bundle, lm: NgramModel | None, search_tokens: SearchTokens, settings: DecoderSettings
+) -> BeamDecoder:
+    """The search over one head of a bundle's model.
+
+    Raises:
+        BundleError: phones are asked for and the bundle has no lexicon.
+    """
+    values = settings.model_dump(exclude={"confidence"})
+    calibration = WordCalibration(**settings.confidence.model_dump())
+    if search_tokens == "characters":
+        return BeamDecoder(bundle.config.tokens, lm=lm, calibration=calibration, **values)
+    if not (bundle.has_lexicon and lm):
+        raise BundleError(
+            f"{bundle.folder} has no lexicon, so its phones cannot be searched; export it with "
+            "--lm and --g2p, or search characters"
+        )
+    return BeamDecoder(
+        bundle.config.phones,
+        lm=lm,
+        lexicon=bundle.read_lexicon(),
+        pronounce=Pronouncer(bundle.g2p_graph).pronounce if bundle.g2p_graph else None,
+        calibration=calibration,
+        **values,
+    )
+
+
+def _search_tokens(name: DecoderName, bundle: Bundle) -> SearchTokens:
+    if name == "beam":
+        return bundle.config.decoding.search_tokens
+    return "phones" if name == "beam-phones" else "characters"
+
+
+def _make_reference(bundle: Bundle) -> ReferenceDecoder:
+    settings = bundle.config.decoding.reference
     return ReferenceDecoder(
         bundle.config.tokens,
         lm_path=bundle.lm_binary,
         words=bundle.read_words(),
-        **bundle.config.decoder.model_dump(),
+        **settings.model_dump(),
     )
 
 

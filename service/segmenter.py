@@ -38,7 +38,7 @@ class Utterance:
     features: FloatArray
     """Log-mel energies, float32, (time, mel)."""
     log_probs: FloatArray
-    """Of the first pass, float32, (frames, token)."""
+    """Of the first pass, float32, (frames, unit)."""
     has_speech: bool
     """Whether the beginning of speech was detected in it."""
 
@@ -79,6 +79,7 @@ class Segmenter:
         *,
         subsampling: int,
         frame_s: float,
+        n_tokens: int,
         space: int | None,
     ) -> None:
         """Start a stream.
@@ -88,12 +89,14 @@ class Segmenter:
             settings: when utterances begin and end.
             subsampling: feature frames for each output frame.
             frame_s: seconds of one output frame.
+            n_tokens: length of the token list; log_probs may have more columns.
             space: token between words, which is no speech; None where there is none.
         """
         self._first_pass = first_pass
         self._endpointer = Endpointer(settings, frame_s=frame_s)
         self._detector = QuietDetector(frame_s=frame_s)
         self._subsampling = subsampling
+        self._n_tokens = n_tokens
         self._space = space
         self._n_pre_roll = round(PRE_ROLL_S / frame_s)
         self._n_look_again = round(_LOOK_AGAIN_S / frame_s)
@@ -125,7 +128,7 @@ class Segmenter:
         return len(self._settled)
 
     def log_probs(self) -> FloatArray:
-        """Of the running utterance as far as known, float32, (frames, token): settled first."""
+        """Of the running utterance as far as known, float32, (frames, unit): settled first."""
         return np.concatenate([*(row[None] for row in self._settled), self._tentative()])
 
     def push(self, features: FloatArray) -> Iterator[Event]:
@@ -183,7 +186,7 @@ class Segmenter:
         return rows[: max(0, self._end - self._first - len(self._settled))]
 
     def _blanks(self, log_probs: FloatArray) -> list[bool]:
-        best = log_probs.argmax(axis=1)
+        best = log_probs[:, : self._n_tokens].argmax(axis=1)
         return [token in (BLANK, self._space) for token in best.tolist()]
 
     def _known_blanks(self) -> list[bool]:

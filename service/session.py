@@ -1,9 +1,9 @@
 """One stream: bytes in, results out; no socket and no clock.
 
-The first pass reads the audio window by window as it arrives; its greedy reading gives the interim
-results. Where an utterance ends, the second pass reads it again with full context, and its decoding
-is the final result; a request can do without it. Events and final results depend on the audio
-alone, however its bytes were cut.
+The first pass reads the audio window by window as it arrives; a search that goes on with it gives
+the interim results. Where an utterance ends, the second pass reads it again with full context, and
+its decoding is the final result; a request can do without it. Events and final results depend on
+the audio alone, however its bytes were cut.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final
 from service.audio import AudioFormat, AudioStream
 from service.bundle import DEFAULT_PROFILE, Survival
 from service.decoding.greedy import GreedyDecoder
-from service.decoding.hypothesis import Word
+from service.decoding.hypothesis import Phrase, Search, Word
 from service.endpointing import EndpointSettings
 from service.errors import RequestError
 from service.features import FeatureStream
@@ -69,7 +69,7 @@ class Update:
 
 @dataclass(frozen=True)
 class _Reading:
-    """The greedy words of a running utterance; frames count from the start of the stream."""
+    """The words of a running utterance; frames count from the start of the stream."""
 
     words: list[Word]
     settled_end: int
@@ -86,6 +86,7 @@ class Session:
         *,
         decoder: DecoderName,
         n_best: int = 1,
+        phrases: Sequence[Phrase] = (),
         interim_results: bool = False,
         profile: str = DEFAULT_PROFILE,
         second_pass: bool = True,
@@ -100,6 +101,7 @@ class Session:
             audio_format: what the sender says about its bytes.
             decoder: how final results are searched.
             n_best: alternatives wanted in a final result.
+            phrases: what is expected or unwanted.
             interim_results: whether results that may still change are wanted.
             profile: one of the model's, or `offline`, which gives final results only.
             second_pass: whether an utterance is read again with full context when it ends.
@@ -108,7 +110,8 @@ class Session:
             speech_events: whether the beginning and end of speech are told.
 
         Raises:
-            RequestError: there is no such profile, or it needs what was declined.
+            InputError: there is no such profile or decoder, the profile needs what was declined,
+                or a phrase cannot be used.
         """
         is_offline = profile == OFFLINE_PROFILE
         if is_offline and not second_pass:
@@ -122,6 +125,12 @@ class Session:
             )
         self._recogniser = recogniser
         self._decoder: DecoderName = decoder
+        self._columns = recogniser.columns(decoder)
+        self._phrases = tuple(phrases)
+        recogniser.decoder(decoder).open(phrases=phrases)  # refuses what cannot be used
+        self._search: Search | None = None
+        self._search_start: int | None = None  # output frame at which the search began
+        self._n_searched = 0
         self._n_best = n_best
         self._interim_results = interim_results and not is_offline
         self._second_pass = second_pass
@@ -133,7 +142,7 @@ class Session:
             DEFAULT_PROFILE if is_offline else profile, endpointing
         )
         self._survival = recogniser.survival.get(
-            f"{decoder}+second-pass" if second_pass else decoder, Survival()
+            _kind_of(decoder, second_pass=second_pass), Survival()
         )
         self._greedy = GreedyDecoder(recogniser.tokens)
         self._committed: list[Word] = []
@@ -221,53 +230,74 @@ class Session:
             earliest_frame=utterance.earliest_frame,
             decoder=self._decoder,
             n_best=self._n_best,
+            phrases=self._phrases,
         )
         if self._second_pass or not self._committed:
             return segment
         end_frame = utterance.first_frame + len(emission)
-        words = self._greedy_words(emission, utterance.first_frame)
+        decoder = self._recogniser.decoder(self._decoder)
+        best = decoder.decode(emission[:, self._columns], phrases=self._phrases)[0]
+        words = self._after_committed(best.words, utterance.first_frame)
         kept = self._alternative(
             [word for word in words if word.start_frame < end_frame],
             earliest_frame=utterance.earliest_frame,
         )
-        best = replace(kept, score=segment.alternatives[0].score)
-        return replace(segment, alternatives=(best, *segment.alternatives[1:]))
+        kept = replace(kept, score=segment.alternatives[0].score)
+        return replace(segment, alternatives=(kept, *segment.alternatives[1:]))
 
     def _tell(self, event: SpeechEvent, frame: int) -> list[Update]:
         if not self._speech_events:
             return []
         return [Update(event=event, time_s=frame * self._recogniser.frame_s)]
 
-    def _greedy_words(self, log_probs: FloatArray, first_frame: int) -> list[Word]:
-        """The greedy words, their frames counted from the start of the stream.
+    def _after_committed(self, words: Iterable[Word], first_frame: int) -> list[Word]:
+        """The committed words as they are, then those behind them.
 
-        Those that are committed stay as they are.
+        Args:
+            words: their frames count from `first_frame`; those returned, from the stream's start.
+            first_frame: output frames of the stream before the utterance.
         """
         start = self._committed[-1].end_frame if self._committed else 0
-        words = (
+        moved = (
             replace(
                 word,
                 start_frame=first_frame + word.start_frame,
                 end_frame=first_frame + word.end_frame,
             )
-            for word in self._greedy.decode(log_probs)[0].words
+            for word in words
         )
-        return [*self._committed, *(word for word in words if word.start_frame >= start)]
+        behind = (word for word in moved if word.start_frame + word.end_frame >= 2 * start)
+        return [*self._committed, *behind]
 
     def _read_running(self) -> _Reading:
-        """The greedy words of the running utterance as far as it is known."""
+        """The words of the running utterance as far as it is known."""
         first_frame = self._segmenter.first_frame
         log_probs = self._segmenter.log_probs()
+        n_settled = self._segmenter.n_settled
         return _Reading(
-            self._greedy_words(log_probs, first_frame),
-            settled_end=first_frame + self._segmenter.n_settled,
+            self._after_committed(self._words_so_far(log_probs, n_settled), first_frame),
+            settled_end=first_frame + n_settled,
             known_end=first_frame + len(log_probs),
         )
 
+    def _words_so_far(self, log_probs: FloatArray, n_settled: int) -> Sequence[Word]:
+        """Search what was settled since the last time, and on a copy what is not settled."""
+        if self._search_start != self._segmenter.first_frame:
+            decoder = self._recogniser.decoder(self._decoder)
+            self._search = decoder.open(phrases=self._phrases)
+            self._search_start = self._segmenter.first_frame
+            self._n_searched = 0
+        if self._search is None:
+            return self._greedy.decode(log_probs[:, : len(self._recogniser.tokens)])[0].words
+        log_probs = log_probs[:, self._columns]
+        self._search.push(log_probs[self._n_searched : n_settled])
+        self._n_searched = n_settled
+        search = self._search.fork()
+        search.push(log_probs[n_settled:])
+        return search.best().words
+
     def _commit(self, reading: _Reading, *, everything: bool) -> None:
         """Commit the words that will most likely stay; a committed word is never taken back."""
-        if self._decoder != "greedy" and not self._second_pass:
-            return  # nothing says what the beam search will make of these log_probs
         words = reading.words
         for number in range(len(self._committed), len(words)):
             following = words[number + 1 : number + 2]
@@ -279,7 +309,7 @@ class Session:
             self._stability = min(self._stability, probability)
 
     def _survival_probability(self, word: Word, reading: _Reading) -> float:
-        is_greedy = not self._second_pass and self._decoder == "greedy"
+        is_greedy = not self._second_pass and self._search is None and self._decoder == "greedy"
         if is_greedy and word.end_frame < reading.settled_end:
             return 1.0  # the final result reads the same log_probs in the same way
         return survival_probability(
@@ -308,3 +338,9 @@ class Session:
         timed = self._recogniser.timed_words(words, earliest_frame=earliest_frame)
         confidence = sum(word.confidence for word in timed) / max(1, len(timed))
         return Alternative(timed, score=0.0, confidence=confidence)
+
+
+def _kind_of(decoder: DecoderName, *, second_pass: bool) -> str:
+    """The kind of final result, by which interim results are calibrated."""
+    family = "greedy" if decoder == "greedy" else "beam"
+    return f"{family}+second-pass" if second_pass else family

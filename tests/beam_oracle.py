@@ -1,4 +1,4 @@
-"""What the compiled search must find: by enumeration of all paths, and by the same algorithm plainly.
+"""What the compiled search must find: by enumeration, and by the same algorithm plainly.
 
 Both take a language as functions, know nothing of tries, trees or masses, and are slow.
 """
@@ -64,11 +64,12 @@ def search_prefixes(
             for i, name in enumerate(tokens):
                 if i == BLANK:
                     continue
+                longer = (*prefix, name)
                 if prefix and prefix[-1] == name:
                     following[prefix][1] += token * row[i]
-                    following[(*prefix, name)][1] += blank * row[i]
+                    following[longer][1] += blank * row[i]
                 else:
-                    following[(*prefix, name)][1] += (blank + token) * row[i]
+                    following[longer][1] += (blank + token) * row[i]
         ranked = sorted(following, key=lambda p: -sum(following[p]) * math.exp(score(p)))
         beam = {p: (following[p][0], following[p][1]) for p in ranked[:beam_width]}
     return {

@@ -6,13 +6,14 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from beam_oracle import FloatArray, Words, enumerate_readings, search_prefixes
 
-from service.decoding.beam import BeamDecoder, Phrase
-from service.decoding.hypothesis import Hypothesis
+from service.decoding.beam import BeamDecoder
+from service.decoding.hypothesis import Hypothesis, Phrase
 from service.decoding.ngram import NgramModel
 from service.errors import InputError
 from training.arpa import compile_arpa
@@ -56,7 +57,11 @@ ngram 3=2
 
 \end\
 """
-EVERYTHING = {"beam_prune_log_prob": -700.0, "token_min_log_prob": -1e9, "recombine": False}
+EVERYTHING: dict[str, Any] = {
+    "beam_prune_log_prob": -700.0,
+    "token_min_log_prob": -1e9,
+    "recombine": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,8 @@ def lm(tmp_path_factory: pytest.TempPathFactory) -> NgramModel:
 
 def _emission(seed: int, n_frames: int, n_tokens: int, sharpness: float = 2.0) -> FloatArray:
     logits = np.random.default_rng(seed).normal(size=(n_frames, n_tokens)) * sharpness
-    return (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
+    log_probs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    return np.asarray(log_probs, np.float32)
 
 
 def _spell_letters(labels: Sequence[str]) -> Iterator[Words]:
@@ -149,9 +155,7 @@ def test_bounded_search_equals_the_plain_one(seed: int, width: int) -> None:
     tokens = ("<blank>", "a", "b", "c")
     emission = _emission(seed, 20, 4, sharpness=3.0)
     expected = search_prefixes(emission, tokens, lambda _: 0.0, beam_width=width)
-    decoder = BeamDecoder(
-        (tokens[0], " ", *tokens[1:]), beam_width=width, beta=0.0, **EVERYTHING
-    )
+    decoder = BeamDecoder((tokens[0], " ", *tokens[1:]), beam_width=width, beta=0.0, **EVERYTHING)
     silent = np.full((len(emission), 1), -1e4, np.float32)
     emission = np.concatenate([emission[:, :1], silent, emission[:, 1:]], axis=1)
     found = _scores(decoder.decode(emission, n_best=width))
@@ -163,7 +167,7 @@ def test_bounded_search_equals_the_plain_one(seed: int, width: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_recombination_changes_scores_little(lm: NgramModel, seed: int) -> None:
     emission = _emission(seed, 7, 4)
-    settings = {"lm": lm, "lexicon": LEXICON, "alpha": 0.9, "beta": 0.5}
+    settings: dict[str, Any] = {"lm": lm, "lexicon": LEXICON, "alpha": 0.9, "beta": 0.5}
     apart = BeamDecoder(PHONES, beam_width=20_000, **settings, **EVERYTHING)
     expected = _scores(apart.decode(emission, n_best=50))
     together = BeamDecoder(
@@ -174,7 +178,9 @@ def test_recombination_changes_scores_little(lm: NgramModel, seed: int) -> None:
     assert expected[max(found, key=found.__getitem__)] > best - 0.7
     for words, score in found.items():
         if score > best - 3.0 and words in expected:
-            assert score == pytest.approx(expected[words], abs=0.7)  # shares do not tell blanks from tokens
+            assert score == pytest.approx(
+                expected[words], abs=0.7
+            )  # shares do not tell blanks from tokens
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -280,7 +286,7 @@ def test_phrases_that_cannot_be_used_are_refused(phrases: list[Phrase], message:
 
 @pytest.mark.parametrize("with_lm", [False, True])
 def test_odd_emissions_give_an_answer(lm: NgramModel, with_lm: bool) -> None:
-    settings = {"lm": lm, "lexicon": LEXICON} if with_lm else {}
+    settings: dict[str, Any] = {"lm": lm, "lexicon": LEXICON} if with_lm else {}
     decoder = BeamDecoder(PHONES if with_lm else LETTERS, beam_width=4, **settings)
     nothing = np.full((50, 4), -np.inf, np.float32)
     nothing[:, 0] = 0.0

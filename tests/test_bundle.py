@@ -15,7 +15,7 @@ from conftest import CHECKOUT
 import service
 from service.bundle import (
     BundleConfig,
-    DecoderSettings,
+    DecodingSettings,
     Profile,
     Survival,
     find_bundle,
@@ -42,7 +42,7 @@ def bundle(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     config = BundleConfig(
-        format_version=2,
+        format_version=3,
         name="tiny",
         language="en-US",
         features=FeatureSettings(),
@@ -50,7 +50,7 @@ def bundle(tmp_path: Path) -> Path:
         phones=("<blank>", "AH"),
         subsampling=4,
         profiles={"balanced": Profile(chunk_frames=8, right_frames=4, window_feature_frames=48)},
-        decoder=DecoderSettings(),
+        decoding=DecodingSettings(),
         survival={"beam": Survival(intercept=-0.5, confidence=0.75)},
         files={name: hashlib.sha256(content).hexdigest() for name, content in _FILES.items()},
         provenance={"trained_on": "tones"},
@@ -86,7 +86,7 @@ def test_load_bundle_finds_every_part(bundle: Path) -> None:
     assert loaded.lm_binary == bundle / "lm" / "lm.binary"
     assert loaded.read_words() == ["a", "bad", "cab"]
     assert loaded.config.tokens == ("<blank>", " ", "a")
-    assert loaded.config.decoder == DecoderSettings()
+    assert loaded.config.decoding == DecodingSettings()
     assert loaded.config.profiles["balanced"].window_feature_frames == 48
     assert loaded.config.survival["beam"].confidence == 0.75
 

@@ -160,7 +160,7 @@ def with_sun_lm(
 
 
 def assert_words_are_in_order(hypothesis: Hypothesis, *, n_frames: int) -> None:
-    end = 0
+    end = 0.0
     for word in hypothesis.words:
         assert end <= word.start_frame < word.end_frame <= n_frames
         assert 0 < word.confidence <= 1

@@ -34,7 +34,7 @@ from export.parity import (
     measure_parity,
     measure_streaming_parity,
 )
-from service.bundle import DecoderSettings, Profile, Survival, load_bundle
+from service.bundle import DecoderSettings, DecodingSettings, Profile, Survival, load_bundle
 from service.errors import ExportError, ManifestError, TrainingError
 from service.recogniser import load_recogniser
 from service.text import CHARACTERS
@@ -298,13 +298,16 @@ def test_exported_bundle_is_whole_and_can_be_used(
     notes = tmp_path / "notes.md"
     notes.write_text("## Licences\n\nTones are free.\n")
     folder = tmp_path / "bundles" / "tones"
+    settings = DecodingSettings(characters=DecoderSettings(alpha=0.25, beta=2.0))
+    decoding = tmp_path / "decoding.json"
+    decoding.write_text(settings.model_dump_json())
     config = export_bundle(
         checkpoint,
         folder,
         name="hears-a",
         language="en-GB",
         lm=lm,
-        decoder=DecoderSettings(alpha=0.25, beta=2.0),
+        decoding=decoding,
         dev=corpus.dev,
         notes=notes,
     )
@@ -313,21 +316,23 @@ def test_exported_bundle_is_whole_and_can_be_used(
     assert set(config.files) == {
         "offline.onnx",
         "streaming.onnx",
+        "lexicon/lexicon.txt",
         "lm/lm.binary",
+        "lm/lm.ngram",
         "lm/words.txt",
         "MODEL_CARD.md",
     }
     assert {p.name for p in folder.parent.iterdir()} == {"tones"}
     assert (config.name, config.language, config.subsampling) == ("hears-a", "en-GB", 4)
-    assert (config.decoder.alpha, config.decoder.beta) == (0.25, 2.0)
+    assert config.decoding == settings
     assert config.features.n_mels == N_MELS
     assert bundle.read_words() == (lm / "words.txt").read_text().split()
     assert set(config.profiles) == {"fast", "balanced"}
     assert set(config.provenance["measured"]) == {
         f"{profile}{kind}"
         for profile in ("", "fast ", "balanced ")
-        for kind in ("greedy", "beam", "greedy_float32")
-    }
+        for kind in ("greedy", "beam-phones", "greedy_float32")
+    } | {"beam-characters", "reference"}
     assert "Tones are free." in (folder / "MODEL_CARD.md").read_text()
     assert str(tmp_path) not in (folder / "config.json").read_text()
 
@@ -411,7 +416,7 @@ def old(checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("missing", ["lm.binary", "words.txt"])
+@pytest.mark.parametrize("missing", ["lm.ngram", "lm.binary", "words.txt"])
 def test_missing_language_model_leaves_the_old_bundle(
     checkpoint: Path, old: Path, lm: Path, tmp_path: Path, missing: str
 ) -> None:

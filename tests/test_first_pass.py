@@ -50,7 +50,7 @@ class _Recogniser:
             self.engine,
             profile,
             n_mels=N_MELS,
-            n_tokens=len(CHARACTERS),
+            n_units=len(CHARACTERS),
             subsampling=self.subsampling,
             mute=mute,
         )

@@ -74,7 +74,7 @@ def _segmenter(**settings: Any) -> Segmenter:
         ScriptEngine(),
         PROFILE,
         n_mels=2,
-        n_tokens=len(SYMBOLS),
+        n_units=len(SYMBOLS),
         subsampling=SUBSAMPLING,
         mute=lambda _log_probs, _features: None,
     )
@@ -83,6 +83,7 @@ def _segmenter(**settings: Any) -> Segmenter:
         EndpointSettings(**settings),
         subsampling=SUBSAMPLING,
         frame_s=FRAME_S,
+        n_tokens=len(SYMBOLS),
         space=SPACE_TOKEN,
     )
 

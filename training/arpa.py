@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import lzma
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -122,7 +123,7 @@ class _Reader:
         while (line := self._next()).strip() != "\\data\\":
             if line.startswith("\\") or self._number > 1000:
                 raise self._error(f"{line[:40]!r}", "\\data\\; is this an ARPA file?")
-        counts = []
+        counts: list[int] = []
         while (line := self._next()).startswith("ngram "):
             order, _, count = line[len("ngram ") :].partition("=")
             if not (order.strip() == str(len(counts) + 1) and count.strip().isdigit()):
@@ -262,7 +263,7 @@ def _build(words: Sequence[str], orders: Sequence[_Order], *, quantise: bool) ->
     order_start = np.cumsum([0, *(len(order.last_words) for order in orders)])
     n_children = [
         np.bincount(longer.parents, minlength=len(order.last_words))
-        for order, longer in zip(orders, orders[1:], strict=False)
+        for order, longer in pairwise(orders)
     ]
     n_children = n_children or [np.zeros(len(words), np.int64)]
     first_child = len(words) + np.concatenate([[0], np.cumsum(np.concatenate(n_children))])
@@ -298,7 +299,7 @@ def _pack_children(
     return shift, block.astype(np.uint32), offset.astype(np.uint16)
 
 
-def _keep(orders: Sequence[_Order]) -> dict[str, npt.NDArray[np.generic]]:
+def _keep(orders: Sequence[_Order]) -> dict[str, Any]:
     return {
         "log_probs": np.concatenate([order.log_probs for order in orders]),
         "backoffs": np.concatenate([order.backoffs for order in orders[:-1]] or [_EMPTY]),
@@ -309,7 +310,7 @@ def _keep(orders: Sequence[_Order]) -> dict[str, npt.NDArray[np.generic]]:
     }
 
 
-def _quantise(orders: Sequence[_Order]) -> dict[str, npt.NDArray[np.generic]]:
+def _quantise(orders: Sequence[_Order]) -> dict[str, Any]:
     log_probs = [_cluster(order.log_probs) for order in orders]
     backoffs = [_cluster(order.backoffs) for order in orders[:-1]]
     no_table, no_codes = np.zeros((0, _N_CODES), np.float32), np.zeros(0, np.uint8)

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -122,7 +123,7 @@ def train_g2p(
     dictionary: Dictionary,
     directory: Path,
     *,
-    shape: G2pShape = G2pShape(),  # noqa: B008  # it is frozen
+    shape: G2pShape = G2pShape(),  # it is frozen
     n_epochs: int = 20,
     batch_size: int = 256,
     highest_rate: float = 3e-3,
@@ -211,7 +212,9 @@ def evaluate_g2p(model: G2pModel, words: Sequence[str], dictionary: Dictionary) 
     """How often greedy pronunciations are none of the dictionary's."""
     n_wrong, n_edits, n_phones = 0, 0, 0
     for phones, word in zip(pronounce_greedily(model, words), words, strict=True):
-        edits, length = min((edit_distance(phones, known), len(known)) for known in dictionary[word])
+        edits, length = min(
+            (edit_distance(phones, known), len(known)) for known in dictionary[word]
+        )
         n_wrong += edits > 0
         n_edits += edits
         n_phones += length
@@ -254,7 +257,7 @@ def _fitting(words: Sequence[str], dictionary: Dictionary, n_repeats: int) -> li
 
 def _n_frames(phones: Sequence[str]) -> int:
     """Frames that CTC needs: one a phone, and one between equal ones."""
-    return len(phones) + sum(one == other for one, other in zip(phones, phones[1:], strict=False))
+    return len(phones) + sum(one == other for one, other in pairwise(phones))
 
 
 def _first(examples: Sequence[str], batch_size: int) -> list[str]:

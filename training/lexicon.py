@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from service.errors import MissingExtraError
+from service.g2p import Pronouncer
 from service.text import BLANK_TOKEN
 
 PHONES: Final[tuple[str, ...]] = (
@@ -59,6 +60,26 @@ def pronounce(text: str, dictionary: Dictionary) -> list[int] | None:
     if any(word is None for word in words):
         return None
     return [ids[phone] for word in words if word is not None for phone in word[0]]
+
+
+def make_lexicon(
+    words: Iterable[str], dictionary: Dictionary, pronouncer: Pronouncer | None
+) -> dict[str, Sequence[tuple[str, ...]]]:
+    """Pronunciations of the words: the dictionary's, for others the letters-to-phones graph's.
+
+    Words that have neither are left out.
+    """
+    lexicon: dict[str, Sequence[tuple[str, ...]]] = {}
+    unknown = []
+    for word in words:
+        if word in dictionary:
+            lexicon[word] = dictionary[word]
+        elif word.strip("'"):
+            unknown.append(word)
+    if pronouncer is not None:
+        pairs = zip(unknown, pronouncer.pronounce(unknown), strict=True)
+        lexicon.update({word: (phones,) for word, phones in pairs if phones})
+    return lexicon
 
 
 @functools.cache

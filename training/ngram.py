@@ -1,4 +1,4 @@
-"""Word n-gram language models: text in, a KenLM binary and its word list out."""
+"""Word n-gram language models: text in, a compiled model, a KenLM binary and a word list out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from tqdm import tqdm
 
 from service.errors import InputError, MissingExtraError, TrainingError
 from service.text import normalise
+from training.arpa import compile_arpa
 
+NGRAM_NAME: Final = "lm.ngram"
 BINARY_NAME: Final = "lm.binary"
 WORDS_NAME: Final = "words.txt"
 HIGHEST_ORDER: Final = 6
@@ -38,12 +40,12 @@ class NgramReport:
     coverage: float
     """Share of the running words that the word list covers."""
     n_bytes: int
-    """Size of the binary."""
+    """Size of `lm.ngram`."""
 
     def __str__(self) -> str:
         return (
             f"{self.n_lines:,} sentences, {self.n_words:,} words; word list of {self.n_types:,} "
-            f"covers {self.coverage:.2%}; binary {self.n_bytes / 1e6:.1f} MB"
+            f"covers {self.coverage:.2%}; {NGRAM_NAME} of {self.n_bytes / 1e6:.1f} MB"
         )
 
 
@@ -58,17 +60,19 @@ def build_ngram(
     quantise_bits: int | None = None,
     keep_arpa: bool = False,
 ) -> NgramReport:
-    """Estimate a modified Kneser-Ney model and write it as a KenLM trie with its word list.
+    """Estimate a modified Kneser-Ney model; write it for our decoder, for KenLM, and its words.
 
     Args:
         texts: plain, gzip or xz files, one sentence a line; normalised as the tokens are.
-        output: folder that gets `lm.binary` and `words.txt`; made if it does not exist.
+        output: folder that gets `lm.ngram` (memory-mapped by the beam search), `lm.binary` (KenLM,
+            for the reference decoder) and `words.txt`; made if it does not exist.
         order: longest n-gram, 2 to 6.
         prune: for each order from 1, n-grams that occur this often or less are dropped; the last
             value holds for all higher orders.
         n_words: the most words in the word list, the frequent ones first; None takes all.
         min_count: a word that occurs less often is left out of the word list.
-        quantise_bits: bits of a stored probability and back-off; None keeps float32.
+        quantise_bits: bits of a stored probability and back-off in KenLM's file; our own takes
+            8 where this is given. None keeps float32 in both.
         keep_arpa: also write `lm.arpa.gz`.
 
     Raises:
@@ -96,10 +100,11 @@ def build_ngram(
         binary = Path(folder) / BINARY_NAME
         quantise = ["-q", str(quantise_bits), "-b", str(quantise_bits)] if quantise_bits else []
         _run([build_binary, *quantise, "-a", "255", "trie", str(arpa), str(binary)])
+        compile_arpa(arpa, quantise=quantise_bits is not None).save(Path(folder) / NGRAM_NAME)
         if keep_arpa:
             with arpa.open("rb") as source, gzip.open(output / "lm.arpa.gz", "wb") as target:
                 shutil.copyfileobj(source, target)
-        for name in (BINARY_NAME, WORDS_NAME):
+        for name in (NGRAM_NAME, BINARY_NAME, WORDS_NAME):
             (Path(folder) / name).replace(output / name)
     total = sum(counts.values())
     return NgramReport(
@@ -107,7 +112,7 @@ def build_ngram(
         n_words=total,
         n_types=len(words),
         coverage=sum(counts[word] for word in words) / total,
-        n_bytes=(output / BINARY_NAME).stat().st_size,
+        n_bytes=(output / NGRAM_NAME).stat().st_size,
     )
 
 

@@ -22,6 +22,7 @@ from service.audio import (
     decode_blocks,
 )
 from service.bundle import DEFAULT_PROFILE
+from service.decoding.hypothesis import Phrase
 from service.endpointing import EndpointSettings
 from service.errors import AudioError, RequestError
 from service.pb.voxgate.v1 import speech_pb2 as pb
@@ -46,6 +47,18 @@ _ENCODINGS: Final = {
     pb.RecognitionConfig.MP3: Encoding.MP3,
 }
 
+_DECODERS: Final[dict[int, DecoderName | None]] = {
+    pb.RecognitionConfig.DECODER_UNSPECIFIED: None,
+    pb.RecognitionConfig.GREEDY: "greedy",
+    pb.RecognitionConfig.BEAM: "beam",
+    pb.RecognitionConfig.REFERENCE: "reference",
+}
+_BEAMS: Final[dict[int, DecoderName | None]] = {
+    pb.RecognitionConfig.SEARCH_TOKENS_UNSPECIFIED: None,
+    pb.RecognitionConfig.CHARACTERS: "beam-characters",
+    pb.RecognitionConfig.PHONES: "beam-phones",
+}
+_DEFAULT_BOOST: Final = 5.0
 _EVENTS: Final = {
     SpeechEvent.SPEECH_BEGAN: pb.StreamingRecognizeResponse.SPEECH_ACTIVITY_BEGIN,
     SpeechEvent.SPEECH_ENDED: pb.StreamingRecognizeResponse.SPEECH_ACTIVITY_END,
@@ -156,8 +169,9 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
         return Session(
             self._recogniser,
             _to_audio_format(config),
-            decoder=self._to_decoder(config.decoder),
+            decoder=self._to_decoder(config),
             n_best=_to_n_best(config),
+            phrases=_to_phrases(config),
             interim_results=streaming.interim_results,
             profile=streaming.profile or DEFAULT_PROFILE,
             second_pass=not streaming.disable_second_pass,
@@ -177,13 +191,13 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
         )
         segments = self._recogniser.recognise_blocks(
             duration.measure(blocks),
-            decoder=self._to_decoder(config.decoder),
+            decoder=self._to_decoder(config),
             n_best=_to_n_best(config),
+            phrases=_to_phrases(config),
         )
         return list(segments), duration.seconds
 
     def _check(self, config: pb.RecognitionConfig) -> None:
-        refuse("speech_contexts", is_set=len(config.speech_contexts) > 0)
         refuse("domain", is_set=bool(config.domain))
         self._check_model(config)
 
@@ -196,14 +210,22 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
                 f"language_code {config.language_code!r} is not served; this server has {language}"
             )
 
-    def _to_decoder(self, kind: int) -> DecoderName:
-        if kind == pb.RecognitionConfig.DECODER_UNSPECIFIED:
-            return self._default_decoder
-        if kind == pb.RecognitionConfig.GREEDY:
-            return "greedy"
-        if kind == pb.RecognitionConfig.BEAM:
-            return "beam"
-        raise RequestError(f"decoder {kind} is unknown; expected GREEDY (1) or BEAM (2)")
+    def _to_decoder(self, config: pb.RecognitionConfig) -> DecoderName:
+        if config.decoder not in _DECODERS:
+            raise RequestError(
+                f"decoder {config.decoder} is unknown; expected GREEDY (1), BEAM (2) "
+                "or REFERENCE (3)"
+            )
+        if config.search_tokens not in _BEAMS:
+            raise RequestError(
+                f"search_tokens {config.search_tokens} is unknown; expected CHARACTERS (1) or "
+                "PHONES (2)"
+            )
+        decoder = _DECODERS[config.decoder] or self._default_decoder
+        if decoder.startswith("beam"):
+            decoder = _BEAMS[config.search_tokens] or decoder
+        self._recogniser.decoder(decoder)  # refuses one that is not there
+        return decoder
 
     def _to_response(self, update: Update) -> pb.StreamingRecognizeResponse:
         if update.event is not None:
@@ -237,6 +259,14 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
 
 def _to_n_best(config: pb.RecognitionConfig) -> int:
     return _check_range("max_alternatives", config.max_alternatives, 1, _MOST_ALTERNATIVES) or 1
+
+
+def _to_phrases(config: pb.RecognitionConfig) -> list[Phrase]:
+    return [
+        Phrase(text, context.boost or _DEFAULT_BOOST)
+        for context in config.speech_contexts
+        for text in context.phrases
+    ]
 
 
 def _to_endpointing(config: pb.EndpointingConfig) -> EndpointSettings:

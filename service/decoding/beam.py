@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, islice
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from service.decoding import readings, search
-from service.decoding.hypothesis import FloatArray, Hypothesis, Word
+from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Word
 from service.decoding.ngram import SENTENCE_END, NgramModel, NgramTables
 from service.decoding.phrases import PhraseAutomaton, build_automaton
 from service.decoding.search import Knowledge, SearchSettings, SearchState
@@ -36,15 +36,6 @@ _CERTAIN: Final = 1e-4
 _TINY: Final = 1e-300
 _SHORTEST_WORD: Final = 1.0  # frames
 _MOST_WAYS: Final = 20  # tried for each reading that is wanted
-
-
-@dataclass(frozen=True)
-class Phrase:
-    """Words that a request expects, or does not want."""
-
-    text: str
-    weight: float
-    """Added to the natural log score where the phrase is read; negative suppresses it."""
 
 
 @dataclass(frozen=True)
@@ -127,9 +118,10 @@ class BeamDecoder:
         token_min_log_prob: float = -5.0,
         look_ahead: float = 1.0,
         recombine: bool = True,
+        pronounce: Callable[[Sequence[str]], list[tuple[str, ...]]] | None = None,
         start_shift_frames: float = 0.0,
         end_shift_frames: float = 0.0,
-        calibration: WordCalibration = WordCalibration(),  # noqa: B008  # it is frozen
+        calibration: WordCalibration = WordCalibration(),  # it is frozen
     ) -> None:
         """Prepare the search.
 
@@ -148,6 +140,7 @@ class BeamDecoder:
             look_ahead: share of a word's log probability that is charged while it is spelled.
             recombine: whether prefixes that the language model cannot tell apart are searched as
                 one; their texts remain apart.
+            pronounce: gives spellings of a phrase's words that the lexicon lacks.
             start_shift_frames: added to the frame of a word's first token: CTC is late.
             end_shift_frames: added to the frame after a word's last token.
             calibration: of word confidences.
@@ -160,9 +153,9 @@ class BeamDecoder:
         self._token_ids = {token: i for i, token in enumerate(tokens)}
         self._lm = lm
         self._lexicon = lexicon
+        self._pronounce = pronounce
         self._shifts = (start_shift_frames, end_shift_frames)
         self._calibration = calibration
-        self._phrase_weight = alpha * math.log(10)
         self._knowledge = self._prepare(
             beam_width=beam_width,
             alpha=alpha,
@@ -187,13 +180,30 @@ class BeamDecoder:
         run.push(emission)
         return run.finish(n_best=n_best)
 
+    def features(self, emission: FloatArray) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
+        """What the confidences of the best reading are made of, and its words.
+
+        Returns:
+            float64, (words, features), by `WORD_FEATURES`; and the words.
+
+        Raises:
+            InputError: see `decode`.
+        """
+        run = self.open()
+        run.push(emission)
+        piece = run.best_piece()
+        if not piece.words:
+            return np.zeros((0, len(WORD_FEATURES))), ()
+        return self._features(piece), piece.words
+
     def open(self, *, phrases: Sequence[Phrase] = ()) -> BeamSearch:
         """Begin a search that is fed chunk by chunk.
 
         Raises:
             InputError: a phrase cannot be spelled, or there are too many.
         """
-        knowledge, extra_words = self._knowledge, ()
+        knowledge = self._knowledge
+        extra_words: tuple[str, ...] = ()
         if phrases:
             automaton, extra_words = self._automaton_of(tuple(phrases))
             gain = float(automaton.reward.max(initial=1.0) * automaton.credit.max(initial=1.0))
@@ -255,11 +265,7 @@ class BeamDecoder:
 
     def _spell(self, word: str) -> list[list[int]]:
         """The spellings of a word in token ids; none where a token is missing."""
-        spellings: Sequence[Sequence[str]]
-        if self._lexicon is not None:
-            spellings = self._lexicon.get(word, ())
-        else:
-            spellings = [word]
+        spellings = [word] if self._lexicon is None else self._lexicon.get(word, ())
         return [
             [self._token_ids[token] for token in spelling]
             for spelling in spellings
@@ -277,7 +283,7 @@ class BeamDecoder:
         if len(phrases) > _MOST_PHRASES:
             raise InputError(f"{len(phrases)} phrases, expected at most {_MOST_PHRASES}")
         extra: dict[str, int] = {}
-        spelled = []
+        spelled: list[tuple[list[list[int]], float]] = []
         for phrase in phrases:
             words = normalise(phrase.text).split()
             if not words:
@@ -287,8 +293,8 @@ class BeamDecoder:
                     f"the phrase {phrase.text!r} has weight {phrase.weight}, "
                     f"expected -{_LARGEST_WEIGHT:.0f} to {_LARGEST_WEIGHT:.0f}"
                 )
-            for spelling in self._spell_phrase(phrase.text, words, extra):
-                spelled.append((spelling, phrase.weight))
+            ways = self._spell_phrase(phrase.text, words, extra)
+            spelled += [(way, phrase.weight) for way in ways]
         return build_automaton(spelled), tuple(extra)
 
     def _spell_phrase(
@@ -298,7 +304,7 @@ class BeamDecoder:
         settings = self._knowledge.settings
         ways: list[list[list[int]]] = [[]]
         for word in words:
-            spellings = self._spell(word)
+            spellings = self._spell(word) or self._spell_unknown(word)
             if not spellings:
                 raise InputError(
                     f"the phrase {phrase!r} cannot be boosted: no pronunciation of {word!r} is "
@@ -310,6 +316,12 @@ class BeamDecoder:
             ways = [[*way, [*spelling, end]] for way in ways for spelling in spellings]
             ways = ways[:_MOST_SPELLINGS]
         return ways
+
+    def _spell_unknown(self, word: str) -> list[list[int]]:
+        if self._pronounce is None:
+            return []
+        (phones,) = self._pronounce([word])
+        return [[self._token_ids[phone] for phone in phones]] if phones else []
 
     def word_text(
         self, word: int, tokens: npt.NDArray[np.int32], extra_words: Sequence[str]
@@ -337,7 +349,7 @@ class BeamDecoder:
             words.append(Word(text, start_frame, earliest, confidence))
         return Hypothesis(words=tuple(words), score=score)
 
-    def word_features(self, piece: _Piece) -> npt.NDArray[np.float64]:
+    def _features(self, piece: _Piece) -> npt.NDArray[np.float64]:
         """What confidences are made of, float64, (words, features); see `WORD_FEATURES`."""
         share = np.clip(piece.share, _CERTAIN, 1 - _CERTAIN)
         log_odds = np.log(share / (1 - share))
@@ -363,14 +375,14 @@ class BeamDecoder:
     def _confidences(self, piece: _Piece) -> npt.NDArray[np.float64]:
         if not (piece.words and self._calibration.weights):
             return np.clip(piece.share, 0.0, 1.0)
-        log_odds = self._calibration.intercept + self.word_features(piece) @ np.array(
+        log_odds = self._calibration.intercept + self._features(piece) @ np.array(
             self._calibration.weights
         )
         confidences: npt.NDArray[np.float64] = 1 / (1 + np.exp(-log_odds))
         return confidences
 
     def _word_id(self, word: str, extra: dict[str, int]) -> int:
-        if self._lm is not None and word in self._lm.word_ids:
+        if self._lm is not None and word in self._lm.word_ids and self._spell(word):
             return self._lm.word_ids[word]
         return extra.setdefault(word, self._knowledge.settings.n_lm_words + len(extra))
 
@@ -385,9 +397,7 @@ class BeamSearch:
         self._knowledge = knowledge
         self._extra_words = extra_words
         capacity = max(_NODES, _NODES_A_PREFIX * knowledge.settings.beam_width)
-        self._state = search.new_state(
-            knowledge, capacity=capacity, lm_start=decoder.start_state()
-        )
+        self._state = search.new_state(knowledge, capacity=capacity, lm_start=decoder.start_state())
         self._scratch = search.new_scratch(knowledge)
         self._settled = _Piece()
 
@@ -405,7 +415,7 @@ class BeamSearch:
         """An independent copy."""
         copy = object.__new__(BeamSearch)
         copy.__dict__ = dict(self.__dict__)
-        copy._state = SearchState(*(array.copy() for array in self._state))
+        copy._state = search.copy_state(self._state)
         copy._scratch = search.new_scratch(self._knowledge)
         return copy
 
@@ -438,6 +448,12 @@ class BeamSearch:
     def finish(self, *, n_best: int = 1) -> list[Hypothesis]:
         """The best readings with distinct words if the sentence ends here, best first."""
         return self._read(n_best=n_best, is_end=True)
+
+    def best_piece(self) -> _Piece:
+        """The words of the best reading if the sentence ends here."""
+        beam = readings.read_beam(self._knowledge, self._state, True)
+        nodes, last_word, _ = next(_ways(self._state, beam))
+        return self._settled.join(self._to_piece(nodes, last_word, beam))
 
     def _read(self, *, n_best: int, is_end: bool) -> list[Hypothesis]:
         beam = readings.read_beam(self._knowledge, self._state, is_end)
@@ -504,7 +520,7 @@ def _ways(
 ) -> Iterator[tuple[npt.NDArray[np.int64], int, float]]:
     """The ways through the lattice, best first: nodes from the root, last word, log score."""
     numbers = count()
-    heap = [
+    heap: list[tuple[float, int, int, float, int, tuple[Any, ...]]] = [
         (-(mass + beam.log_share[node]), next(numbers), node, mass, word, ())
         for node, word, mass in zip(
             beam.node.tolist(), beam.word.tolist(), beam.log_mass.tolist(), strict=True
@@ -512,7 +528,7 @@ def _ways(
     ]
     heapq.heapify(heap)
     while heap:
-        cost, _, node, mass, word, behind = heapq.heappop(heap)
+        _, _, node, mass, word, behind = heapq.heappop(heap)
         while node >= 0:
             rival = int(state.first_rival[node])
             while rival >= 0:
@@ -530,7 +546,7 @@ def _ways(
                     break
             node = parent
         else:
-            nodes = []
+            nodes: list[int] = []
             while behind:
                 nodes.append(behind[0])
                 behind = behind[1]

@@ -8,7 +8,8 @@ from itertools import groupby
 
 import numpy as np
 
-from service.decoding.hypothesis import FloatArray, Hypothesis, Word
+from service.decoding.beam import BeamDecoder
+from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Search, Word
 from service.text import BLANK, SPACE
 
 
@@ -27,10 +28,14 @@ class GreedyDecoder:
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._tokens = tuple(tokens)
+        self._search = BeamDecoder(tokens, beta=0.0)
 
-    def decode(self, emission: FloatArray, *, n_best: int = 1) -> list[Hypothesis]:
-        """Return the best path as the only hypothesis; see `Decoder`."""
-        del n_best
+    def decode(
+        self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
+    ) -> list[Hypothesis]:
+        """Return the best path as the only hypothesis; with phrases, search; see `Decoder`."""
+        if phrases:
+            return self._search.decode(emission, n_best=n_best, phrases=phrases)
         best = emission.argmax(axis=1)
         path_log_probs = emission[np.arange(len(best)), best]
         labels = self._collapse(best.tolist(), path_log_probs.tolist())
@@ -41,6 +46,10 @@ class GreedyDecoder:
             if inside
         )
         return [Hypothesis(words=words, score=float(path_log_probs.sum()))]
+
+    def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
+        """Begin a search where there are phrases; the best path itself needs none."""
+        return self._search.open(phrases=phrases) if phrases else None
 
     def _collapse(self, path: list[int], log_probs: list[float]) -> list[_Label]:
         labels = []

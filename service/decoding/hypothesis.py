@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,14 +46,49 @@ class Hypothesis:
         return sum(word.confidence for word in self.words) / len(self.words)
 
 
+@dataclass(frozen=True)
+class Phrase:
+    """Words that a request expects, or does not want."""
+
+    text: str
+    weight: float
+    """Added to the natural log score where the phrase is read; negative suppresses it."""
+
+
+class Search(Protocol):
+    """A search under way."""
+
+    def push(self, log_probs: FloatArray) -> None:
+        """Read the next frames: log_probs, float32, (frames, token)."""
+        ...
+
+    def fork(self) -> Search:
+        """An independent copy."""
+        ...
+
+    def best(self) -> Hypothesis:
+        """The best reading so far."""
+        ...
+
+
 class Decoder(Protocol):
     """Searches the emission of one utterance."""
 
-    def decode(self, emission: FloatArray, *, n_best: int = 1) -> list[Hypothesis]:
+    def decode(
+        self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
+    ) -> list[Hypothesis]:
         """Return the best hypotheses, best first, at least one, at most `n_best`.
 
         Args:
             emission: log_probs of one utterance, float32, (frames, token); no frames are allowed.
             n_best: how many hypotheses are wanted.
+            phrases: what is expected or unwanted.
+
+        Raises:
+            InputError: a phrase cannot be used.
         """
+        ...
+
+    def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
+        """Begin a search that is fed chunk by chunk; None where there is no such search."""
         ...

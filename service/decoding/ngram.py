@@ -152,7 +152,7 @@ def load_ngram(path: Path) -> NgramModel:
                 raise InputError(_describe_foreign(path, start))
             header = json.loads(file.readline())
             origin = file.tell() + -file.tell() % _ALIGNMENT
-        mapped = np.memmap(path, np.uint8, mode="r")
+        mapped = np.memmap(path, np.uint8, mode="c")  # writable for numba, shared until written
         arrays = {
             name: _view(mapped, np.dtype(kind), tuple(shape), origin + position)
             for name, (kind, shape, position) in header["arrays"].items()
@@ -173,8 +173,7 @@ def _view(
     n_bytes = int(np.prod(shape)) * kind.itemsize
     if position + n_bytes > len(mapped):
         raise ValueError(f"the file ends at byte {len(mapped)}, expected {position + n_bytes}")
-    view = np.asarray(mapped)[position : position + n_bytes].view(kind).reshape(shape)
-    return view
+    return np.asarray(mapped)[position : position + n_bytes].view(kind).reshape(shape)
 
 
 def _describe_foreign(path: Path, start: bytes) -> str:

@@ -68,9 +68,7 @@ def read_beam(knowledge: Knowledge, state: SearchState, is_end: bool) -> Reading
     for i in range(len(nodes)):
         by_score[i] = -(log_mass[i] + log_share[nodes[i]])
     order = np.argsort(by_score, kind="mergesort")
-    return Readings(
-        nodes[order], words[order], log_mass[order], log_share, way, np.array(reached)
-    )
+    return Readings(nodes[order], words[order], log_mass[order], log_share, way, np.array(reached))
 
 
 @allocating
@@ -79,7 +77,7 @@ def _find_best_way(
     node: int,
     log_share: DoubleArray,
     way: IntArray,
-    reached: list[int],
+    reached: list[np.int64],
 ) -> None:
     """Fill in the share of the best way to a node and to all it comes by."""
     stack = [np.int64(node)]
@@ -216,9 +214,7 @@ class Spans(NamedTuple):
 
 
 @allocating
-def spans_of(
-    knowledge: Knowledge, state: SearchState, nodes: LongArray, last_word: int
-) -> Spans:
+def spans_of(knowledge: Knowledge, state: SearchState, nodes: LongArray, last_word: int) -> Spans:
     """The words on a way from the root.
 
     Args:

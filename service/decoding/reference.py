@@ -12,7 +12,8 @@ from pyctcdecode.alphabet import Alphabet
 from pyctcdecode.decoder import BeamSearchDecoderCTC, OutputBeam
 from pyctcdecode.language_model import LOG_BASE_CHANGE_FACTOR, LanguageModel
 
-from service.decoding.hypothesis import FloatArray, Hypothesis, Word
+from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Search, Word
+from service.errors import RequestError
 from service.text import BLANK_TOKEN
 
 logging.getLogger("pyctcdecode").setLevel(logging.ERROR)  # it warns of what is meant here
@@ -80,8 +81,16 @@ class ReferenceDecoder:
         self._beam_prune_log_prob = beam_prune_log_prob
         self._token_min_log_prob = token_min_log_prob
 
-    def decode(self, emission: FloatArray, *, n_best: int = 1) -> list[Hypothesis]:
+    def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
+        """None: pyctcdecode searches whole emissions only."""
+        _refuse(phrases)
+        return None
+
+    def decode(
+        self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
+    ) -> list[Hypothesis]:
         """Return the best beams with distinct texts, best first; see `Decoder`."""
+        _refuse(phrases)
         if len(emission) == 0:
             return [Hypothesis(words=(), score=0.0)]
         beams: list[OutputBeam] = self._search.decode_beams(
@@ -109,3 +118,8 @@ class ReferenceDecoder:
         """Geometric mean, over the word's characters, of the best probability in its frames."""
         peaks = frames.max(axis=0) if len(frames) else np.full(len(self._tokens), -np.inf)
         return float(np.exp(np.mean([peaks[self._tokens[character]] for character in text])))
+
+
+def _refuse(phrases: Sequence[Phrase]) -> None:
+    if phrases:
+        raise RequestError("the reference decoder boosts no phrases; ask for the decoder beam")

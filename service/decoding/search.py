@@ -205,6 +205,11 @@ def new_state(knowledge: Knowledge, *, capacity: int, lm_start: IntArray) -> Sea
     return state
 
 
+def copy_state(state: SearchState) -> SearchState:
+    """An independent copy."""
+    return SearchState(**{name: array.copy() for name, array in state._asdict().items()})
+
+
 class Scratch(NamedTuple):
     """What a frame needs; nothing of it outlives the frame."""
 
@@ -470,7 +475,7 @@ def _end_word(
     knowledge: Knowledge, state: SearchState, scratch: Scratch, slot: int, token: int, mass: float
 ) -> None:
     """End the running word by the token between words."""
-    settings, trie, phrases = knowledge.settings, knowledge.trie, knowledge.phrases
+    settings, phrases = knowledge.settings, knowledge.phrases
     node = state.slot_node[slot]
     bound = mass * settings.largest_gain / state.look[node]
     if bound <= scratch.best[0] * settings.beam_prune:

@@ -11,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RecognitionConfig(_message.Message):
-    __slots__ = ("encoding", "sample_rate_hertz", "audio_channel_count", "language_code", "max_alternatives", "speech_contexts", "model", "decoder", "domain")
+    __slots__ = ("encoding", "sample_rate_hertz", "audio_channel_count", "language_code", "max_alternatives", "speech_contexts", "model", "decoder", "search_tokens", "domain")
     class AudioEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ENCODING_UNSPECIFIED: _ClassVar[RecognitionConfig.AudioEncoding]
@@ -31,9 +31,19 @@ class RecognitionConfig(_message.Message):
         DECODER_UNSPECIFIED: _ClassVar[RecognitionConfig.DecoderKind]
         GREEDY: _ClassVar[RecognitionConfig.DecoderKind]
         BEAM: _ClassVar[RecognitionConfig.DecoderKind]
+        REFERENCE: _ClassVar[RecognitionConfig.DecoderKind]
     DECODER_UNSPECIFIED: RecognitionConfig.DecoderKind
     GREEDY: RecognitionConfig.DecoderKind
     BEAM: RecognitionConfig.DecoderKind
+    REFERENCE: RecognitionConfig.DecoderKind
+    class SearchTokens(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        SEARCH_TOKENS_UNSPECIFIED: _ClassVar[RecognitionConfig.SearchTokens]
+        CHARACTERS: _ClassVar[RecognitionConfig.SearchTokens]
+        PHONES: _ClassVar[RecognitionConfig.SearchTokens]
+    SEARCH_TOKENS_UNSPECIFIED: RecognitionConfig.SearchTokens
+    CHARACTERS: RecognitionConfig.SearchTokens
+    PHONES: RecognitionConfig.SearchTokens
     ENCODING_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_RATE_HERTZ_FIELD_NUMBER: _ClassVar[int]
     AUDIO_CHANNEL_COUNT_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +52,7 @@ class RecognitionConfig(_message.Message):
     SPEECH_CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DECODER_FIELD_NUMBER: _ClassVar[int]
+    SEARCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
     encoding: RecognitionConfig.AudioEncoding
     sample_rate_hertz: int
@@ -51,8 +62,9 @@ class RecognitionConfig(_message.Message):
     speech_contexts: _containers.RepeatedCompositeFieldContainer[SpeechContext]
     model: str
     decoder: RecognitionConfig.DecoderKind
+    search_tokens: RecognitionConfig.SearchTokens
     domain: str
-    def __init__(self, encoding: _Optional[_Union[RecognitionConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., audio_channel_count: _Optional[int] = ..., language_code: _Optional[str] = ..., max_alternatives: _Optional[int] = ..., speech_contexts: _Optional[_Iterable[_Union[SpeechContext, _Mapping]]] = ..., model: _Optional[str] = ..., decoder: _Optional[_Union[RecognitionConfig.DecoderKind, str]] = ..., domain: _Optional[str] = ...) -> None: ...
+    def __init__(self, encoding: _Optional[_Union[RecognitionConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., audio_channel_count: _Optional[int] = ..., language_code: _Optional[str] = ..., max_alternatives: _Optional[int] = ..., speech_contexts: _Optional[_Iterable[_Union[SpeechContext, _Mapping]]] = ..., model: _Optional[str] = ..., decoder: _Optional[_Union[RecognitionConfig.DecoderKind, str]] = ..., search_tokens: _Optional[_Union[RecognitionConfig.SearchTokens, str]] = ..., domain: _Optional[str] = ...) -> None: ...
 
 class SpeechContext(_message.Message):
     __slots__ = ("phrases", "boost")

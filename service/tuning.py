@@ -1,0 +1,312 @@
+"""Fits the weights of the beam searches and their confidences on a development manifest.
+
+The speakers are split into two halves. Whatever is chosen on one half is scored on the other, both
+ways round, and the pooled figure is what may be reported; what ships is chosen on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Final
+
+import jiwer
+import numpy as np
+import numpy.typing as npt
+from rich.progress import track
+
+from service.audio import load_audio
+from service.bundle import (
+    Bundle,
+    Confidence,
+    DecoderSettings,
+    DecodingSettings,
+    SearchTokens,
+    load_bundle,
+)
+from service.decoding.beam import BeamDecoder
+from service.decoding.hypothesis import FloatArray
+from service.decoding.ngram import NgramModel, load_ngram
+from service.errors import InputError, MissingExtraError
+from service.features import log_mel
+from service.manifest import read_manifest
+from service.recogniser import load_recogniser, make_beam_decoder
+from service.scoring import ErrorCounts, count_errors, pool
+
+DoubleArray = npt.NDArray[np.float64]
+Weights = tuple[float, float]
+"""Weight of the language model and score of a word."""
+Counts = Sequence[ErrorCounts]
+"""Errors by utterance."""
+
+_RIDGE: Final = 1.0  # on standardised features
+_NEWTON_STEPS: Final = 30
+_LEAST: Final = 1e-4
+
+
+@dataclass(frozen=True)
+class Item:
+    """One development utterance, ready to be searched."""
+
+    speaker: str
+    corpus: str
+    reference: str
+    emissions: Mapping[SearchTokens, FloatArray]
+    """log_probs of each head, float32, (frames, token)."""
+
+
+@dataclass(frozen=True)
+class ConfidenceFigures:
+    """How much confidences say, held out."""
+
+    nce: float
+    """Normalised cross entropy: the share of the uncertainty they take away."""
+    ece: float
+    """Expected calibration error, over ten bins of equal size."""
+    auc: float
+    """Probability that a right word has more confidence than a wrong one."""
+
+
+def tune_bundle(
+    folder: Path,
+    manifest: Path,
+    *,
+    alphas: Sequence[float],
+    betas: Sequence[float],
+    n_threads: int = 1,
+    plot: Path | None = None,
+    on_line: Callable[[str], object] = print,
+) -> DecodingSettings:
+    """Fit a bundle's decoders.
+
+    Args:
+        folder: the bundle.
+        manifest: development data with speakers.
+        alphas: weights of the language model to try.
+        betas: word scores to try.
+        n_threads: searches that run at the same time.
+        plot: PNG that gets a heat map of each search's error rates.
+        on_line: gets what is found, line by line.
+
+    Returns:
+        The bundle's settings with the weights and confidences that do best.
+
+    Raises:
+        BundleError: the bundle cannot be read.
+        InputError: it has no language model, or the manifest fewer than two speakers.
+        MissingExtraError: a plot is wanted and matplotlib is missing.
+    """
+    bundle = load_bundle(folder)
+    if bundle.ngram is None:
+        raise InputError(f"{folder} has no language model whose weight could be fitted")
+    lm = load_ngram(bundle.ngram)
+    items = read_items(folder, manifest)
+    if len({item.speaker for item in items}) < 2:
+        raise InputError(f"{manifest} has one speaker; expected at least two, to hold one out")
+    settings = bundle.config.decoding
+    heads: list[SearchTokens] = ["characters", "phones"] if bundle.has_lexicon else ["characters"]
+    grid = list(product(alphas, betas))
+    rates: dict[SearchTokens, float] = {}
+    maps: dict[SearchTokens, dict[Weights, float]] = {}
+    for head in heads:
+        counts = {}
+        for alpha, beta in track(grid, f"searching {head}"):
+            wanted = settings.of(head).model_copy(update={"alpha": alpha, "beta": beta})
+            decoder = make_beam_decoder(bundle, lm, head, wanted)
+            counts[alpha, beta] = search_items(decoder, items, head, n_threads=n_threads)
+        maps[head] = {weights: pool(found).wer for weights, found in counts.items()}
+        rates[head] = _report(head, counts, items, on_line)
+        best = min(maps[head], key=maps[head].__getitem__)
+        fitted = settings.of(head).model_copy(update={"alpha": best[0], "beta": best[1]})
+        confidence, figures = fit_confidence(bundle, lm, head, fitted, items)
+        on_line(
+            f"{head}: confidence, cross-fitted: NCE {figures.nce:.3f}, ECE {figures.ece:.3f}, "
+            f"AUC {figures.auc:.3f}"
+        )
+        fitted = fitted.model_copy(update={"confidence": confidence})
+        settings = settings.model_copy(update={head: fitted})
+    better = min(rates, key=rates.__getitem__)
+    on_line(f"beam searches {better}")
+    if plot is not None:
+        draw_maps(maps, plot)
+    return settings.model_copy(update={"search_tokens": better})
+
+
+def read_items(folder: Path, manifest: Path) -> list[Item]:
+    """Run the acoustic model with full context over the utterances of a manifest."""
+    recogniser = load_recogniser(folder, decoders=("greedy",))
+    n_tokens = len(recogniser.tokens)
+    items = []
+    for utterance in track(read_manifest(manifest), "emissions"):
+        waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
+        emission = recogniser.emission(log_mel(waveform, recogniser.features))
+        heads: dict[SearchTokens, FloatArray] = {
+            "characters": emission[:, :n_tokens],
+            "phones": emission[:, n_tokens:],
+        }
+        items.append(Item(utterance.speaker, utterance.corpus, utterance.text or "", heads))
+    return items
+
+
+def search_items(
+    decoder: BeamDecoder, items: Sequence[Item], head: SearchTokens, *, n_threads: int = 1
+) -> list[ErrorCounts]:
+    """Errors of the best reading of every utterance."""
+
+    def search(item: Item) -> ErrorCounts:
+        (best,) = decoder.decode(item.emissions[head])
+        return count_errors([item.reference], [best.text])
+
+    with ThreadPoolExecutor(n_threads) as pool_of_threads:
+        return list(pool_of_threads.map(search, items))
+
+
+def halves_of(items: Iterable[Item]) -> npt.NDArray[np.bool_]:
+    """Whether each utterance's speaker is in the first half, bool, (items,)."""
+    keys = [(item.corpus, item.speaker) for item in items]
+    first = set(sorted(set(keys))[0::2])
+    return np.array([key in first for key in keys])
+
+
+def _report(
+    head: SearchTokens,
+    counts: Mapping[Weights, Counts],
+    items: Sequence[Item],
+    on_line: Callable[[str], object],
+) -> float:
+    """Say what the weights are worth; return the cross-fitted error rate."""
+    in_first = halves_of(items)
+    held_out: list[ErrorCounts | None] = [None] * len(items)
+    for half in (in_first, ~in_first):
+        best = min(counts, key=lambda w: pool(_where(counts[w], half)).wer)  # used now
+        on_line(f"{head}: one half of the speakers chooses alpha {best[0]:g}, beta {best[1]:g}")
+        for i in np.flatnonzero(~half):
+            held_out[i] = counts[best][i]
+    found = [count for count in held_out if count is not None]
+    for corpus in sorted({item.corpus for item in items}):
+        of_corpus = [c for c, item in zip(found, items, strict=True) if item.corpus == corpus]
+        on_line(f"{head}: cross-fitted WER {pool(of_corpus).wer:.2%} on {corpus}")
+    rate = pool(found).wer
+    best = min(counts, key=lambda weights: pool(counts[weights]).wer)
+    on_line(f"{head}: cross-fitted WER {rate:.2%} on all")
+    on_line(f"{head}: to ship alpha {best[0]:g}, beta {best[1]:g}")
+    return rate
+
+
+def _where(counts: Counts, chosen: npt.NDArray[np.bool_]) -> list[ErrorCounts]:
+    return [counts[i] for i in np.flatnonzero(chosen)]
+
+
+def fit_confidence(
+    bundle: Bundle,
+    lm: NgramModel,
+    head: SearchTokens,
+    settings: DecoderSettings,
+    items: Sequence[Item],
+) -> tuple[Confidence, ConfidenceFigures]:
+    """Calibrate the confidences of one search; figures are held out."""
+    plain = settings.model_copy(update={"confidence": Confidence()})
+    decoder = make_beam_decoder(bundle, lm, head, plain)
+    features, is_right, owners = [], [], []
+    for i, item in enumerate(items):
+        found, words = decoder.features(item.emissions[head])
+        features.append(found)
+        is_right += mark_right(item.reference, words)
+        owners += [i] * len(words)
+    x, y = np.concatenate(features), np.array(is_right)
+    in_first = halves_of(items)[np.array(owners)]
+    held_out = np.empty(len(y))
+    for half in (in_first, ~in_first):
+        intercept, weights = fit_logistic(x[half], y[half])
+        held_out[~half] = _logistic(intercept + x[~half] @ weights)
+    intercept, weights = fit_logistic(x, y)
+    confidence = Confidence(
+        intercept=round(intercept, 5), weights=tuple(round(w, 5) for w in weights.tolist())
+    )
+    return confidence, measure_confidence(held_out, y)
+
+
+def mark_right(reference: str, words: Sequence[str]) -> list[bool]:
+    """Whether each recognised word is right, by the alignment that the error rate counts."""
+    is_right = [False] * len(words)
+    if words and reference:
+        for chunk in jiwer.process_words(reference, " ".join(words)).alignments[0]:
+            if chunk.type == "equal":
+                for i in range(chunk.hyp_start_idx, chunk.hyp_end_idx):
+                    is_right[i] = True
+    return is_right
+
+
+def fit_logistic(x: DoubleArray, y: npt.NDArray[np.bool_]) -> tuple[float, DoubleArray]:
+    """Logistic regression with a small ridge on standardised features: intercept and weights.
+
+    Args:
+        x: features, float64, (n, feature).
+        y: what is to be predicted, bool, (n,).
+    """
+    mean, spread = x.mean(axis=0), x.std(axis=0)
+    spread[spread == 0] = 1.0
+    z = np.column_stack([np.ones(len(x)), (x - mean) / spread])
+    ridge = np.diag([0.0] + [_RIDGE] * x.shape[1])
+    w = np.zeros(z.shape[1])
+    for _ in range(_NEWTON_STEPS):
+        p = _logistic(z @ w)
+        gradient = z.T @ (y - p) - ridge @ w
+        curvature = (z * (p * (1 - p))[:, None]).T @ z + ridge
+        w += np.linalg.solve(curvature, gradient)
+    weights = w[1:] / spread
+    return float(w[0] - mean @ weights), weights
+
+
+def measure_confidence(confidence: DoubleArray, y: npt.NDArray[np.bool_]) -> ConfidenceFigures:
+    """Figures of confidences, float64, (n,), of words that are right or wrong, bool, (n,)."""
+    p = np.clip(confidence, _LEAST, 1 - _LEAST)
+    base = y.mean()
+    entropy = -(base * np.log(base) + (1 - base) * np.log(1 - base))
+    nce = 1 + np.where(y, np.log(p), np.log(1 - p)).mean() / entropy
+    bins = np.array_split(np.argsort(confidence), 10)
+    ece = sum(len(b) * abs(confidence[b].mean() - y[b].mean()) for b in bins if len(b)) / len(y)
+    return ConfidenceFigures(float(nce), float(ece), rank_probability(confidence, y))
+
+
+def rank_probability(confidence: DoubleArray, y: npt.NDArray[np.bool_]) -> float:
+    """Probability that a right word has more confidence than a wrong one (AUC); ties count half."""
+    _, inverse, n_equal = np.unique(confidence, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(n_equal) - (n_equal - 1) / 2)[inverse]
+    n_right, n_wrong = int(y.sum()), int((~y).sum())
+    return float((rank[y].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))
+
+
+def draw_maps(maps: Mapping[SearchTokens, Mapping[Weights, float]], path: Path) -> None:
+    """Draw the error rate by weights, one map for each search.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  # wanted for plots only
+    except ImportError as error:
+        raise MissingExtraError(
+            "a heat map needs matplotlib: pip install 'voxgate[benchmarks]'"
+        ) from error
+    figure = Figure(figsize=(6 * len(maps), 4.5), layout="constrained")
+    for axes, (head, rates) in zip(
+        figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True
+    ):
+        alphas, betas = (sorted({weights[i] for weights in rates}) for i in (0, 1))
+        image = 100 * np.array([[rates[alpha, beta] for alpha in alphas] for beta in betas])
+        axes.imshow(image, origin="lower", cmap="viridis_r", aspect="auto")
+        for (row, column), rate in np.ndenumerate(image):
+            axes.text(column, row, f"{rate:.1f}", ha="center", va="center", color="white")
+        axes.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+        axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+        axes.set(xlabel="alpha", ylabel="beta", title=f"WER in %, {head}")
+    figure.savefig(path, dpi=120)
+
+
+def _logistic(x: DoubleArray) -> DoubleArray:
+    p: DoubleArray = 1 / (1 + np.exp(-x))
+    return p
