@@ -27,6 +27,7 @@ from service.bundle import (
     load_bundle,
 )
 from service.decoding.beam import BeamDecoder, WordCalibration
+from service.decoding.compiled import announce
 from service.decoding.greedy import GreedyDecoder
 from service.decoding.hypothesis import Decoder, Hypothesis, Phrase, Word
 from service.decoding.ngram import NgramModel, load_ngram
@@ -508,6 +509,7 @@ def load_recogniser(
             name for name in decoders if _search_tokens(name, bundle) == "phones"
         ),
     )
+    announce()
     recogniser.warm_up()
     return recogniser
 

@@ -130,16 +130,19 @@ def test_file_cut_short_is_named(bundle: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=99), "format version 99.*reads 2.*export"),
-        (lambda c: c.update(format_version=1), "format version 1.*reads 2.*export"),
+        (lambda c: c.update(format_version=99), "format version 99.*reads 3.*export"),
+        (lambda c: c.update(format_version=1), "format version 1.*reads 3.*export"),
         (lambda c: c.update(surprise=1), "surprise: Extra.*export the bundle again"),
-        (lambda c: c["decoder"].update(alfa=1), r"decoder\.alfa: Extra"),
+        (lambda c: c["decoding"]["phones"].update(alfa=1), r"decoding\.phones\.alfa: Extra"),
         (lambda c: c.pop("tokens"), "tokens: Field required"),
         (lambda c: c.update(subsampling="four"), "subsampling: .*integer"),
         (lambda c: c["tokens"].insert(0, "a"), "token 0 and phone 0 must be <blank>"),
         (lambda c: c["phones"].reverse(), "token 0 and phone 0 must be <blank>"),
         (lambda c: c["features"].update(n_mels=0), r"features\.n_mels"),
-        (lambda c: c["decoder"].update(beam_width=0), r"decoder\.beam_width"),
+        (
+            lambda c: c["decoding"]["characters"].update(beam_width=0),
+            r"decoding\.characters\.beam_width",
+        ),
         (lambda c: c.pop("profiles"), "profiles: Field required"),
         (lambda c: c["profiles"].clear(), "there is no profile balanced"),
         (
@@ -179,8 +182,8 @@ def test_config_without_tokens_is_refused(bundle: Path, name: str) -> None:
 
 
 def test_config_of_a_later_format_is_refused_as_such(bundle: Path) -> None:
-    _change(bundle, lambda c: c.update(format_version=3, surprise=True))
-    with pytest.raises(BundleError, match="format version 3"):
+    _change(bundle, lambda c: c.update(format_version=4, surprise=True))
+    with pytest.raises(BundleError, match="format version 4"):
         load_bundle(bundle)
 
 

@@ -14,10 +14,11 @@ import torch
 from tiny import N_MELS, make_model
 
 from export.graph import export_graph, export_streaming_graph, quantise_graph
-from service.bundle import load_bundle
+from service.bundle import BundleConfig, load_bundle
 from service.engine import FloatArray, OnnxEngine, OnnxStreamingEngine, check_installation
 from service.errors import ProviderError
 from service.text import CHARACTERS
+from training.lexicon import PHONES
 from training.model import AcousticModel, Cell, Chunking
 
 _LENGTHS = (57, 1, 23, 2, 40, 5, 96)
@@ -50,7 +51,7 @@ def _stream(
     lengths: tuple[int, ...],
     chunking: Chunking,
 ) -> FloatArray:
-    """Settled log_probs of a batch of streams, (batch, frames, token)."""
+    """Settled log_probs of a batch of streams, (batch, frames, unit)."""
     n_window = model.window_frames(chunking)
     n_step = chunking.n_chunk * model.convolutions.subsampling
     padded = np.pad(features, ((0, 0), (0, n_window), (0, 0)), constant_values=1e3)
@@ -71,10 +72,10 @@ def _stream(
 def _read(
     model: AcousticModel, features: FloatArray, lengths: tuple[int, ...], chunking: Chunking | None
 ) -> tuple[FloatArray, list[int]]:
-    """The model's own log_probs, (batch, frames, token), and the frames of each utterance."""
+    """The model's own log_probs, (batch, frames, unit), and the frames of each utterance."""
     with torch.no_grad():
-        logits, _, n_frames = model(torch.from_numpy(features), torch.tensor(lengths), chunking)
-    return logits.log_softmax(-1).numpy(), n_frames.tolist()
+        *heads, n_frames = model(torch.from_numpy(features), torch.tensor(lengths), chunking)
+    return torch.cat([head.log_softmax(-1) for head in heads], -1).numpy(), n_frames.tolist()
 
 
 # Streams
@@ -136,10 +137,10 @@ def test_step_gives_the_frames_of_chunk_and_right_context(
         n_chunk_frames=4,
         state=engine.initial_state(2),
     )
-    assert log_probs.shape == (2, 6, len(CHARACTERS))
+    assert log_probs.shape == (2, 6, len(CHARACTERS) + len(PHONES))
     assert log_probs.dtype == np.float32
     assert lengths.tolist() == [6, 2]
-    np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 1.0, atol=1e-4)
+    np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 2.0, atol=1e-4)
     for before, after in zip(engine.initial_state(2), state, strict=True):
         assert after.shape == before.shape
         assert after.dtype == np.float32
@@ -193,7 +194,11 @@ def test_int8_streaming_graph_runs_close_to_the_model(tmp_path: Path, cell: Cell
 # Full context
 
 
-def test_engine_gives_the_token_head(tmp_path: Path) -> None:
+def _n_units(config: BundleConfig) -> int:
+    return len(config.tokens) + len(config.phones)
+
+
+def test_engine_gives_both_heads_side_by_side(tmp_path: Path) -> None:
     model = make_model()
     export_graph(model, tmp_path / "graph.onnx")
     features = _draw_features(60, 60)
@@ -209,9 +214,9 @@ def test_engine_runs_the_shipped_graph_for_any_length_and_batch(shipped_bundle: 
         features = np.full((n_utterances, n_frames, loaded.config.features.n_mels), -8, np.float32)
         log_probs = engine.log_probs(features, np.full(n_utterances, n_frames))
         n_output = -(-n_frames // loaded.config.subsampling)
-        assert log_probs.shape == (n_utterances, n_output, len(loaded.config.tokens))
+        assert log_probs.shape == (n_utterances, n_output, _n_units(loaded.config))
         assert log_probs.dtype == np.float32
-        np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 1.0, atol=1e-4)
+        np.testing.assert_allclose(np.exp(log_probs).sum(axis=-1), 2.0, atol=1e-4)
 
 
 def test_engine_runs_the_shipped_streaming_graph_in_every_profile(shipped_bundle: Path) -> None:
@@ -226,7 +231,7 @@ def test_engine_runs_the_shipped_streaming_graph_in_every_profile(shipped_bundle
             state=engine.initial_state(),
         )
         assert lengths.tolist() == [profile.chunk_frames + profile.right_frames]
-        assert log_probs.shape == (1, int(lengths[0]), len(config.tokens))
+        assert log_probs.shape == (1, int(lengths[0]), _n_units(config))
 
 
 # What it runs on

@@ -17,7 +17,10 @@ from service.bundle import Profile
 from service.engine import OnnxStreamingEngine
 from service.first_pass import FirstPass, FloatArray, Mute
 from service.text import CHARACTERS
+from training.lexicon import PHONES
 from training.model import AcousticModel, Chunking
+
+N_UNITS = len(CHARACTERS) + len(PHONES)
 
 _PROFILES = ((1, 1), (3, 2), (5, 1), (2, 7))
 """Chunk and right context, output frames."""
@@ -50,7 +53,7 @@ class _Recogniser:
             self.engine,
             profile,
             n_mels=N_MELS,
-            n_units=len(CHARACTERS),
+            n_units=N_UNITS,
             subsampling=self.subsampling,
             mute=mute,
         )
@@ -110,11 +113,12 @@ def test_settled_log_probs_are_those_of_the_model(
     features = _draw_features(n_frames)
     actual = _push_all(recogniser.start(recogniser.profile(*chunking)), features, [n_frames])
     with torch.no_grad():
-        logits, _, _ = recogniser.model(
+        *heads, _ = recogniser.model(
             torch.from_numpy(features)[None], torch.tensor([n_frames]), Chunking(*chunking)
         )
     assert actual.dtype == np.float32
-    np.testing.assert_allclose(actual, logits[0].log_softmax(-1), atol=1e-4, rtol=0)
+    expected = torch.cat([head[0].log_softmax(-1) for head in heads], -1)
+    np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -150,7 +154,7 @@ def test_settled_frames_of_every_length_are_complete(
     profile = recogniser.profile(*chunking)
     for n_frames in range(35):
         settled = _push_all(recogniser.start(profile), _draw_features(n_frames), [n_frames])
-        assert settled.shape == (-(-n_frames // recogniser.subsampling), len(CHARACTERS))
+        assert settled.shape == (-(-n_frames // recogniser.subsampling), N_UNITS)
 
 
 def test_chunk_is_settled_as_soon_as_its_window_is_full(recogniser: _Recogniser) -> None:
@@ -166,10 +170,10 @@ def test_chunk_is_settled_as_soon_as_its_window_is_full(recogniser: _Recogniser)
 def test_tentative_frames_are_those_to_the_right_of_the_chunk(recogniser: _Recogniser) -> None:
     profile = recogniser.profile(3, 2)
     first_pass = recogniser.start(profile)
-    assert first_pass.tentative.shape == (0, len(CHARACTERS))
+    assert first_pass.tentative.shape == (0, N_UNITS)
     first_pass.push(_draw_features(profile.window_feature_frames))
     n_right = 2 if recogniser.model.bidirectional else 0
-    assert first_pass.tentative.shape == (n_right, len(CHARACTERS))
+    assert first_pass.tentative.shape == (n_right, N_UNITS)
 
 
 def test_looking_ahead_reaches_the_last_frame_as_if_audio_ended_there(
@@ -194,10 +198,10 @@ def test_looking_ahead_reaches_the_last_frame_as_if_audio_ended_there(
 def test_nothing_pushed_settles_nothing(recogniser: _Recogniser) -> None:
     first_pass = recogniser.start(recogniser.profile(3, 2))
     first_pass.look_ahead()
-    assert first_pass.push(_draw_features(0)).shape == (0, len(CHARACTERS))
-    assert first_pass.tentative.shape == (0, len(CHARACTERS))
-    assert first_pass.finish().shape == (0, len(CHARACTERS))
-    assert first_pass.finish().shape == (0, len(CHARACTERS))
+    assert first_pass.push(_draw_features(0)).shape == (0, N_UNITS)
+    assert first_pass.tentative.shape == (0, N_UNITS)
+    assert first_pass.finish().shape == (0, N_UNITS)
+    assert first_pass.finish().shape == (0, N_UNITS)
 
 
 def test_streams_share_an_engine_but_nothing_else(recogniser: _Recogniser) -> None:
@@ -250,7 +254,8 @@ def test_profiles_of_a_bundle_fit_its_model(recogniser: _Recogniser) -> None:
         settled = _push_all(recogniser.start(profile), features, [150])
         chunking = Chunking(profile.chunk_frames, max(1, profile.right_frames))
         with torch.no_grad():
-            logits, _, _ = recogniser.model(
+            *heads, _ = recogniser.model(
                 torch.from_numpy(features)[None], torch.tensor([150]), chunking
             )
-        np.testing.assert_allclose(settled, logits[0].log_softmax(-1), atol=1e-4, rtol=0)
+        expected = torch.cat([head[0].log_softmax(-1) for head in heads], -1)
+        np.testing.assert_allclose(settled, expected, atol=1e-4, rtol=0)

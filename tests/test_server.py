@@ -208,10 +208,35 @@ def test_bad_audio_is_refused_with_its_cause(server: RunningServer) -> None:
     assert "cannot be decoded" in _refusal(server, b"OggS" + bytes(range(256)) * 20)
 
 
+@pytest.mark.parametrize("search_tokens", [Config.CHARACTERS, Config.PHONES])
+@pytest.mark.parametrize("decoder", [Config.GREEDY, Config.BEAM])
+def test_unwanted_phrase_is_not_read(
+    server: RunningServer, clips: list[Utterance], decoder: int, search_tokens: int
+) -> None:
+    data = clips[0].audio_path.read_bytes()
+    config = Config(decoder=decoder, search_tokens=search_tokens)  # type: ignore[arg-type]  # enum
+    (plain,) = _recognise(server, data, config).results
+    unwanted = max(plain.alternatives[0].transcript.split(), key=len)
+    config.speech_contexts.append(pb.SpeechContext(phrases=[unwanted], boost=-60.0))
+    (result,) = _recognise(server, data, config).results
+    words = result.alternatives[0].transcript.split()
+    assert len(words) > 3
+    assert unwanted not in words
+
+
+def test_phrases_that_cannot_be_used_are_refused(server: RunningServer) -> None:
+    wav = _wav(np.zeros(16_000, np.float32), 16_000)
+    heavy = pb.SpeechContext(phrases=["voxgate"], boost=1e4)
+    assert "expected -100 to 100" in _refusal(server, wav, Config(speech_contexts=[heavy]))
+    empty = pb.SpeechContext(phrases=["?"])
+    assert "has no word" in _refusal(server, wav, Config(speech_contexts=[empty]))
+    many = pb.SpeechContext(phrases=[f"word {'a' * i}" for i in range(1, 5_002)])
+    assert "5001 phrases" in _refusal(server, wav, Config(speech_contexts=[many]))
+    assert "reference is not there" in _refusal(server, wav, Config(decoder=Config.REFERENCE))
+
+
 def test_fields_that_are_not_served_are_refused(server: RunningServer) -> None:
     wav = _wav(np.zeros(16_000, np.float32), 16_000)
-    contexts = [pb.SpeechContext(phrases=["voxgate"])]
-    assert "speech_contexts" in _refusal(server, wav, Config(speech_contexts=contexts))
     assert "domain" in _refusal(server, wav, Config(domain="barista"))
     assert "encoding" in _refusal(server, wav, Config(encoding=Config.MULAW))
     assert "encoding" in _refusal(server, wav, Config(encoding=99))  # type: ignore[arg-type]

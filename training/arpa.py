@@ -147,7 +147,7 @@ class _Reader:
             if not order + 1 <= len(fields) <= order + 1 + (order < longest):
                 raise self._error(f"{len(fields)} fields", f"a log_prob, {order} words, a back-off")
             try:
-                log_probs[row] = min(0.0, float(fields[0]))
+                log_probs[row] = float(fields[0])
                 if len(fields) == order + 2:
                     backoffs[row] = float(fields[-1])
             except ValueError:
@@ -163,7 +163,7 @@ class _Reader:
                     raise self._error(f"the word {error}", "words of the 1-grams") from None
         if not (np.isfinite(log_probs).all() and np.isfinite(backoffs).all()):
             raise self._error(f"a NaN or infinity among the {order}-grams", "finite numbers")
-        return _Section(words, log_probs, backoffs)
+        return _Section(words, np.minimum(log_probs, 0), backoffs)
 
     def _complete(self, unigrams: _Section, ids: dict[str, int]) -> _Section:
         """Add the unknown word and the sentence marks where the file lacks them."""

@@ -1,13 +1,14 @@
 """How the search is compiled: by numba, to run without the interpreter's lock.
 
-Machine code is kept on disk, keyed by processor and numba version (numba does that) and by the
-source of all compiled files (numba looks at one file at a time, and a search would go on using an
-old version of what it calls). Where nothing can be written, every start compiles.
+Machine code is kept on disk, in a folder for each processor, numba version and source of the
+compiled files (numba itself looks at one file at a time, and a search would go on using an old
+version of what it calls). Where nothing can be written, every start compiles.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 import numba
+from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
+
+logger = logging.getLogger(__name__)
 
 CACHE_VARIABLE: Final = "VOXGATE_CACHE"
 
@@ -28,6 +32,8 @@ def _cache_folder() -> Path | None:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
+    for fact in (numba.__version__, get_host_cpu_name(), get_host_cpu_features().flatten()):
+        digest.update(fact.encode())
     folder = base / f"decoding-{digest.hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -38,6 +44,18 @@ def _cache_folder() -> Path | None:
 
 
 _FOLDER: Final = _cache_folder()
+
+
+def announce() -> None:
+    """Say so if the search is going to be compiled: that takes much longer than loading it."""
+    if _FOLDER is None:
+        logger.info(
+            "compiling the search, which takes about a minute at every start, as no cache can be "
+            "written; set %s to a folder that can",
+            CACHE_VARIABLE,
+        )
+    elif not any(_FOLDER.rglob("*.nbi")):
+        logger.info("compiling the search for this processor: about a minute, once")
 
 
 _OPTIONS: Final = {"nogil": True, "error_model": "numpy", "cache": _FOLDER is not None}
