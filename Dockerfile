@@ -21,14 +21,17 @@ RUN if [ "$RUNTIME" = gpu ]; then \
     fi
 
 FROM python:3.11-slim-bookworm
-RUN useradd --system --uid 10001 --no-create-home voxgate
+# the search is compiled for the processor at the first start, and kept
+RUN useradd --system --uid 10001 --no-create-home voxgate \
+    && install -d -o voxgate /var/cache/voxgate
 COPY --from=build /opt/voxgate /opt/voxgate
 ENV PATH=/opt/voxgate/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    VOXGATE_BUNDLE=/bundles/en-small
+    VOXGATE_BUNDLE=/bundles/en-small \
+    VOXGATE_CACHE=/var/cache/voxgate
 USER voxgate
 EXPOSE 50051
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["voxgate", "health"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["voxgate", "health"]
 ENTRYPOINT ["voxgate"]
 CMD ["serve", "--host", "0.0.0.0"]

@@ -200,13 +200,13 @@ def _read_decoding(path: Path | None) -> DecodingSettings:
 
 def _write_pronunciations(work: Path, g2p: Path | None) -> None:
     """Write the pronunciations of the language model's words, and the graph for others."""
-    pronouncer = None
+    pronounce = None
     (work / LEXICON).parent.mkdir()
     if g2p is not None:
-        pronouncer = Pronouncer(g2p)
+        pronounce = Pronouncer(g2p).pronounce
         shutil.copy(g2p, work / G2P_GRAPH)
     words = (work / LM_WORDS).read_text(encoding="utf-8").split()
-    lexicon = make_lexicon(words, load_dictionary(), pronouncer)
+    lexicon = make_lexicon(words, load_dictionary(), pronounce)
     write_lexicon(lexicon, work / LEXICON)
     logger.info("%d of %d words have pronunciations", len(lexicon), len(words))
 

@@ -74,6 +74,8 @@ class _Reading:
     words: list[Word]
     settled_end: int
     known_end: int
+    n_certain: int
+    """Words that no later audio can change, unless a second pass does."""
 
 
 class Session:
@@ -274,10 +276,12 @@ class Session:
         first_frame = self._segmenter.first_frame
         log_probs = self._segmenter.log_probs()
         n_settled = self._segmenter.n_settled
+        words = self._words_so_far(log_probs, n_settled)
         return _Reading(
-            self._after_committed(self._words_so_far(log_probs, n_settled), first_frame),
+            self._after_committed(words, first_frame),
             settled_end=first_frame + n_settled,
             known_end=first_frame + len(log_probs),
+            n_certain=self._search.n_shared_words() if self._search else 0,
         )
 
     def _words_so_far(self, log_probs: FloatArray, n_settled: int) -> Sequence[Word]:
@@ -299,6 +303,10 @@ class Session:
     def _commit(self, reading: _Reading, *, everything: bool) -> None:
         """Commit the words that will most likely stay; a committed word is never taken back."""
         words = reading.words
+        if self._search is not None and not self._second_pass:
+            # the final result keeps what the whole beam agrees on, and nothing else is sure to stay
+            self._committed += words[len(self._committed) : reading.n_certain]
+            return
         for number in range(len(self._committed), len(words)):
             following = words[number + 1 : number + 2]
             is_complete = any(word.start_frame < reading.settled_end for word in following)

@@ -147,7 +147,7 @@ def test_edit_distance_counts_edits() -> None:
 
 def test_lexicon_takes_the_dictionary_first(pronouncer: Pronouncer) -> None:
     dictionary = {"bad": (("B", "AE", "D"), ("B", "AA", "D"))}
-    lexicon = make_lexicon(["bad", "dab", "'"], dictionary, pronouncer)
+    lexicon = make_lexicon(["bad", "dab", "'"], dictionary, pronouncer.pronounce)
     assert lexicon["bad"] == dictionary["bad"]
     assert lexicon["dab"] == (pronouncer.pronounce(["dab"])[0],)
     assert "'" not in lexicon

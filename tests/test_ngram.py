@@ -75,7 +75,7 @@ def test_build_reports_what_it_counted(text: Path, tmp_path: Path) -> None:
         n_words=3 * (6 + 6 + 9 + 7) + 2,
         n_types=16 + 1,
         coverage=1.0,
-        n_bytes=(tmp_path / "lm" / "lm.binary").stat().st_size,
+        n_bytes=(tmp_path / "lm" / "lm.ngram").stat().st_size,
     )
     assert report.n_types == len(_words(tmp_path / "lm"))
     assert "13 sentences, 86 words; word list of 17 covers 100.00%" in str(report)
@@ -83,9 +83,14 @@ def test_build_reports_what_it_counted(text: Path, tmp_path: Path) -> None:
 
 def test_build_leaves_the_model_and_its_words_only(text: Path, tmp_path: Path) -> None:
     build_ngram([text], tmp_path / "lm", order=2)
-    assert {p.name for p in (tmp_path / "lm").iterdir()} == {"lm.binary", "words.txt"}
+    assert {p.name for p in (tmp_path / "lm").iterdir()} == {"lm.ngram", "lm.binary", "words.txt"}
     build_ngram([text], tmp_path / "lm", order=3, keep_arpa=True)
-    assert {p.name for p in (tmp_path / "lm").iterdir()} == {"lm.binary", "words.txt", "lm.arpa.gz"}
+    assert {p.name for p in (tmp_path / "lm").iterdir()} == {
+        "lm.ngram",
+        "lm.binary",
+        "words.txt",
+        "lm.arpa.gz",
+    }
     assert _load(tmp_path / "lm").order == 3
 
 

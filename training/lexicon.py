@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from service.errors import MissingExtraError
-from service.g2p import Pronouncer
 from service.text import BLANK_TOKEN
 
 PHONES: Final[tuple[str, ...]] = (
@@ -22,6 +21,9 @@ PHONES: Final[tuple[str, ...]] = (
 
 Dictionary = Mapping[str, tuple[tuple[str, ...], ...]]
 """Lower-case words and their pronunciations, the usual one first."""
+
+Pronounce = Callable[[Sequence[str]], list[tuple[str, ...]]]
+"""What gives each word its phones."""
 
 _VARIANT: Final = re.compile(r"\(\d+\)$")
 
@@ -63,7 +65,7 @@ def pronounce(text: str, dictionary: Dictionary) -> list[int] | None:
 
 
 def make_lexicon(
-    words: Iterable[str], dictionary: Dictionary, pronouncer: Pronouncer | None
+    words: Iterable[str], dictionary: Dictionary, pronounce: Pronounce | None
 ) -> dict[str, Sequence[tuple[str, ...]]]:
     """Pronunciations of the words: the dictionary's, for others the letters-to-phones graph's.
 
@@ -76,8 +78,8 @@ def make_lexicon(
             lexicon[word] = dictionary[word]
         elif word.strip("'"):
             unknown.append(word)
-    if pronouncer is not None:
-        pairs = zip(unknown, pronouncer.pronounce(unknown), strict=True)
+    if pronounce is not None:
+        pairs = zip(unknown, pronounce(unknown), strict=True)
         lexicon.update({word: (phones,) for word, phones in pairs if phones})
     return lexicon
 

@@ -441,6 +441,12 @@ class BeamSearch:
         """The best reading so far, as if the running word ended here but not the sentence."""
         return self._read(n_best=1, is_end=False)[0]
 
+    def n_shared_words(self) -> int:
+        """How many words all prefixes of the beam have in common."""
+        nodes = search.shared_way(self._state)
+        n_ended = int((self._state.word[nodes[1:]] != search.NO_WORD).sum())
+        return len(self._settled.words) + n_ended
+
     def n_best(self, n: int) -> list[Hypothesis]:
         """The best readings so far with distinct words, best first; see `best`."""
         return self._read(n_best=n, is_end=False)

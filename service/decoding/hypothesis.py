@@ -70,6 +70,10 @@ class Search(Protocol):
         """The best reading so far."""
         ...
 
+    def n_shared_words(self) -> int:
+        """How many words every reading begins with, whatever is still to come."""
+        ...
+
 
 class Decoder(Protocol):
     """Searches the emission of one utterance."""
