@@ -154,11 +154,11 @@ def _read_best(decoder: BeamDecoder, emission: FloatArray) -> str:
     return decoder.decode(emission)[0].text
 
 
-def spell_words(bundle: Bundle, head: SearchTokens) -> dict[str, list[tuple[str, ...]]]:
+def spell_words(bundle: Bundle, head: SearchTokens) -> dict[str, tuple[tuple[str, ...], ...]]:
     """The words of the language model as flashlight-text wants them: letters end with a space."""
     if head == "phones":
         return bundle.read_lexicon()
-    return {word: [(*word, SPACE)] for word in bundle.read_words()}
+    return {word: ((*word, SPACE),) for word in bundle.read_words()}
 
 
 def make_rows(bundle: Bundle, items: Sequence[Item], beams: Sequence[int]) -> dict[str, Row]:
@@ -231,11 +231,11 @@ def measure_lm_load(bundle: Bundle) -> None:
 
 
 def measure_threads(bundle: Bundle, items: Sequence[Item]) -> None:
-    """Batch decoding over two threads against one, the median of three rounds in turn."""
+    """Batch decoding over two threads against one, the median of five rounds in turn."""
     decoder = make_decoders(bundle, ("beam-phones",))["beam-phones"]
     emissions = [item.emissions["phones"] for item in items]
     ratios = []
-    for _ in range(3):
+    for _ in range(5):
         seconds = []
         for n_threads in (1, 2):
             with ThreadPoolExecutor(n_threads) as pool:

@@ -223,13 +223,13 @@ class Bundle:
             return []
         return (self.folder / LM_WORDS).read_text(encoding="utf-8").split()
 
-    def read_lexicon(self) -> dict[str, list[tuple[str, ...]]]:
+    def read_lexicon(self) -> dict[str, tuple[tuple[str, ...], ...]]:
         """The pronunciations of each word, the usual one first; see `write_lexicon`."""
-        lexicon: dict[str, list[tuple[str, ...]]] = {}
+        lexicon: dict[str, tuple[tuple[str, ...], ...]] = {}
         for line in (self.folder / LEXICON).read_text(encoding="utf-8").splitlines():
             word, *phones = line.split()
-            lexicon.setdefault(word, []).append(tuple(phones))
-        return lexicon
+            lexicon[word] = (*lexicon.get(word, ()), tuple(phones))
+        return lexicon  # of tuples, which the garbage collector does not go through
 
     def _find(self, name: str) -> Path | None:
         return self.folder / name if name in self.config.files else None

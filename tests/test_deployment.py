@@ -13,6 +13,7 @@ from conftest import CHECKOUT
 
 from service.bundle import BUNDLE_VARIABLE, load_bundle
 from service.cli import DEFAULT_PORT
+from service.decoding.compiled import CACHE_VARIABLE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -73,6 +74,7 @@ def test_image_serves_on_all_addresses_with_a_health_check() -> None:
     assert last["EXPOSE"] == str(DEFAULT_PORT)
     assert last["HEALTHCHECK"].endswith('CMD ["voxgate", "health"]')
     variables = dict(word.split("=", 1) for word in shlex.split(last["ENV"]))
+    assert f"-o voxgate {variables[CACHE_VARIABLE]}" in last["RUN"]
     assert variables[BUNDLE_VARIABLE].startswith("/bundles/")
 
 
@@ -85,7 +87,8 @@ def test_gpu_image_holds_one_onnxruntime() -> None:
 
 def test_compose_mounts_the_bundles_read_only() -> None:
     compose = _compose()
-    (volume,) = compose["volumes"]
+    volume, cache = compose["volumes"]
+    assert cache.startswith("cache:/var/cache/voxgate")
     source, target, mode = volume.split(":")
     assert mode == "ro"
     assert (CHECKOUT / source).is_dir()
