@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 from service.audio import AudioFormat, load_audio
 from service.bundle import Survival, find_bundle
-from service.decoding.greedy import GreedyDecoder
 from service.decoding.hypothesis import Word
 from service.endpointing import EndpointSettings
 from service.features import log_mel
 from service.manifest import Utterance, read_manifest
-from service.recogniser import DecoderName, Recogniser, TimedWord, load_recogniser
+from service.recogniser import DecoderName, FloatArray, Recogniser, TimedWord, load_recogniser
 from service.segmenter import Settled, UtteranceEnded
 from service.segmenter import Utterance as Stretch
 from service.session import Session, Update
@@ -61,7 +60,8 @@ class Kind:
 class Interim:
     """One interim reading of a stretch."""
 
-    words: Sequence[Word]
+    words: Mapping[DecoderName, Sequence[Word]]
+    """As each decoder reads it."""
     n_settled: int
     n_known: int
 
@@ -192,8 +192,9 @@ def collect(
                 segment = recogniser.segment(emission, first_frame=0, decoder=kind.decoder)
                 final = segment.alternatives[0].transcript
                 for interim in interims:
-                    stays = find_survivors([word.text for word in interim.words], final)
-                    for word, stay in zip(interim.words, stays, strict=True):
+                    words = interim.words[kind.decoder]
+                    stays = find_survivors([word.text for word in words], final)
+                    for word, stay in zip(words, stays, strict=True):
                         inputs[kind].append(
                             survival_inputs(
                                 word, n_settled=interim.n_settled, n_known=interim.n_known
@@ -207,7 +208,6 @@ def stream(
     recogniser: Recogniser, utterance: Utterance, *, profile: str
 ) -> Iterable[tuple[Stretch, list[Interim]]]:
     """The stretches of one recording and the interim readings of each."""
-    greedy = GreedyDecoder(recogniser.tokens)
     waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
     segmenter = recogniser.open_segmenter(profile, EndpointSettings())
     interims: list[Interim] = []
@@ -215,11 +215,23 @@ def stream(
     for event in chain(segmenter.push(features), segmenter.finish()):
         if isinstance(event, Settled):
             log_probs = segmenter.log_probs()
-            words = greedy.decode(log_probs)[0].words
+            words = {name: read_running(recogniser, log_probs, name) for name in DECODERS}
             interims.append(Interim(words, segmenter.n_settled, len(log_probs)))
         elif isinstance(event, UtteranceEnded):
             yield event.utterance, interims
             interims = []
+
+
+def read_running(
+    recogniser: Recogniser, log_probs: FloatArray, name: DecoderName
+) -> Sequence[Word]:
+    """The words of a running utterance as a session reads them."""
+    decoder, searched = recogniser.decoder(name), log_probs[:, recogniser.columns(name)]
+    search = decoder.open()
+    if search is None:
+        return decoder.decode(searched)[0].words
+    search.push(searched)
+    return search.best().words
 
 
 def find_survivors(words: Sequence[str], final: str) -> list[bool]:
