@@ -495,7 +495,7 @@ def lm_compile(
 def g2p(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Gets g2p.onnx and the run.")],
     *,
-    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the words.")] = 22,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Passes over the words.")] = 20,
     threads: ThreadsOption = None,
 ) -> None:
     """Train letters-to-phones on the pronouncing dictionary; a stopped run goes on."""
@@ -503,17 +503,15 @@ def g2p(
     import torch  # noqa: PLC0415
 
     from export.g2p import export_g2p  # noqa: PLC0415
-    from training.g2p import evaluate_g2p, split_words, train_g2p  # noqa: PLC0415
-    from training.lexicon import load_dictionary  # noqa: PLC0415
+    from training.g2p import evaluate_g2p, train_g2p  # noqa: PLC0415
 
     torch.set_num_threads(threads or count_usable_processors())
-    dictionary = load_dictionary()
-    model = train_g2p(dictionary, directory, n_epochs=epochs)
-    export_g2p(model, directory / "g2p.onnx")
-    errors = evaluate_g2p(model, split_words(dictionary).test, dictionary)
+    train_g2p(directory, n_epochs=epochs)
+    export_g2p(directory / "best.pt", directory / "g2p.onnx")
+    errors = evaluate_g2p(directory / "g2p.onnx")
     _stderr.print(
-        f"wrote {directory / 'g2p.onnx'}: word error {errors.words:.2%}, phone error "
-        f"{errors.phones:.2%} on words it has not seen"
+        f"wrote {directory / 'g2p.onnx'}: word error {errors.word_error:.2%}, phone error "
+        f"{errors.phone_error:.2%} on words it has not seen"
     )
 
 

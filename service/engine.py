@@ -9,8 +9,9 @@ from typing import Final, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 
-from service.errors import ProviderError
+from service.errors import BundleError, ProviderError
 
 FloatArray = npt.NDArray[np.float32]
 Provider = Literal["cpu", "cuda"]
@@ -25,6 +26,13 @@ _PROVIDERS: Final[dict[Provider, str]] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
 }
+_LOAD_ERRORS: Final = (
+    onnxruntime_errors.Fail,
+    onnxruntime_errors.InvalidArgument,
+    onnxruntime_errors.InvalidGraph,
+    onnxruntime_errors.InvalidProtobuf,
+    onnxruntime_errors.NoSuchFile,
+)
 _REPAIR: Final = (
     "`make install-gpu` in a checkout, or: pip uninstall -y onnxruntime onnxruntime-gpu && "
     "pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -106,7 +114,7 @@ class OnnxEngine:
         Raises:
             ProviderError: the provider is not there, or two onnxruntime packages are installed.
         """
-        self._session = _open_session(graph, provider=provider, n_threads=n_threads)
+        self._session = open_session(graph, provider=provider, n_threads=n_threads)
 
     def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
         """Compute the log_probs of a batch; see `AcousticEngine`."""
@@ -123,7 +131,7 @@ class OnnxStreamingEngine:
         Raises:
             ProviderError: the provider is not there, or two onnxruntime packages are installed.
         """
-        self._session = _open_session(graph, provider=provider, n_threads=n_threads)
+        self._session = open_session(graph, provider=provider, n_threads=n_threads)
         shapes = {i.name: i.shape for i in self._session.get_inputs()}
         self._state_shapes = [tuple(shapes[name][1:]) for name in STATES]
 
@@ -149,9 +157,15 @@ class OnnxStreamingEngine:
         return np.concatenate([tokens, phones], axis=-1), lengths, StreamState(*after)
 
 
-def _open_session(
-    graph: Path, *, provider: Provider, n_threads: int
+def open_session(
+    graph: Path, *, provider: Provider = "cpu", n_threads: int = 1
 ) -> onnxruntime.InferenceSession:
+    """Load a graph of any kind.
+
+    Raises:
+        BundleError: the file is missing or damaged.
+        ProviderError: the provider is not there, or two onnxruntime packages are installed.
+    """
     check_installation(provider)
     if provider == "cuda":
         onnxruntime.preload_dlls()  # CUDA libraries that pip installed
@@ -163,7 +177,10 @@ def _open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     wanted = _PROVIDERS[provider]
-    session = onnxruntime.InferenceSession(str(graph), options, providers=[wanted])
+    try:
+        session = onnxruntime.InferenceSession(str(graph), options, providers=[wanted])
+    except _LOAD_ERRORS as error:
+        raise BundleError(f"cannot load {graph}: {error}; copy or export it again") from error
     active = session.get_providers()
     if wanted not in active:
         raise ProviderError(

@@ -237,6 +237,10 @@ class Session:
         if self._second_pass or not self._committed:
             return segment
         end_frame = utterance.first_frame + len(emission)
+        told = [word.text for word in self._committed if word.start_frame < end_frame]
+        found = [word.text for word in segment.alternatives[0].words[: len(told)]]
+        if self._search is not None and found == told:
+            return segment  # of the same words it knows times and confidences better
         decoder = self._recogniser.decoder(self._decoder)
         best = decoder.decode(emission[:, self._columns], phrases=self._phrases)[0]
         words = self._after_committed(best.words, utterance.first_frame)

@@ -1,7 +1,12 @@
 """Letters to phones: a BiLSTM-CTC model trained on the pronouncing dictionary.
 
-Each letter is read several times over, so that CTC has frames enough for letters that stand for two
-phones; the phones come out as they do from the acoustic model.
+Each letter gives several frames, so that CTC has room for a letter of two phones (Rao et al. 2015).
+The recurrent layers read the letters once; the head tells a letter's frames apart.
+
+A run lives in one folder: `last.pt` (everything an exact continuation needs), `best.pt` (lowest
+word error on the development words) and `dev.jsonl` (a line a pass). Started again, it goes on
+where it stopped; the dropout of a step and the batches of a pass depend on the seed, the step and
+the pass alone, so the continuation equals an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -12,351 +17,473 @@ import random
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from service.errors import TrainingError
-from service.text import collapse
-from training.lexicon import PHONES, Dictionary
+from service.g2p import Pronouncer
+from service.text import BLANK_TOKEN, CHARACTERS, SPACE, collapse
+from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from training.lexicon import PHONES, Dictionary, load_dictionary
 from training.model import RecurrentLayer, reversal_index
 from training.precision import choose_precision
-from training.schedule import learning_rate
+from training.schedule import learning_rate as rate_of_step
 
 logger = logging.getLogger(__name__)
 
-LETTERS: Final = "'abcdefghijklmnopqrstuvwxyz"
-_PADDING: Final = len(LETTERS)
-_PERCENT_TEST: Final = 5
-_PERCENT_DEV: Final = 2
-_POOL_BATCHES: Final = 50
-_CHECKPOINT_S: Final = 120.0
-
-
-@dataclass(frozen=True)
-class G2pShape:
-    """Size of the model."""
-
-    n_layers: int = 2
-    """Bidirectional LSTM layers."""
-    hidden_size: int = 160
-    """Cells of each direction."""
-    n_repeats: int = 2
-    """Frames of a letter."""
-    dropout: float = 0.2
-    """Share of activations dropped in training."""
-
-
-@dataclass(frozen=True)
-class G2pErrors:
-    """How often the model is wrong."""
-
-    words: float
-    """Share of words whose pronunciation is none of the dictionary's."""
-    phones: float
-    """Edit distance to the nearest pronunciation, over its length."""
+LETTERS: Final = tuple(c for c in CHARACTERS if c not in (BLANK_TOKEN, SPACE))
+_TEST_PERCENT: Final = 5
+_DEV_PERCENT: Final = 2
+_WARMUP_SHARE: Final = 0.04
+_AVERAGE_DECAY: Final = 0.999
+_POOLED_BATCHES: Final = 50
+_EVALUATED_WORDS: Final = 512
 
 
 class G2pModel(nn.Module):
-    """Letters to the log_probs of phones."""
+    """Maps the letters of words to CTC log_probs of phones."""
 
-    def __init__(self, shape: G2pShape) -> None:
+    def __init__(
+        self, *, n_layers: int = 4, hidden_size: int = 168, n_repeats: int = 3, dropout: float = 0.2
+    ) -> None:
         super().__init__()
-        self.shape = shape
-        width = 2 * shape.hidden_size
-        self.embedding = nn.Embedding(len(LETTERS) + 1, width)
-        self.place = nn.Embedding(shape.n_repeats, width)
+        width = 2 * hidden_size
+        self.n_repeats = n_repeats
+        self.embedding = nn.Embedding(len(LETTERS), width)
         self.layers = nn.ModuleList(
-            RecurrentLayer(width, shape.hidden_size, cell="lstm", bidirectional=True)
-            for _ in range(shape.n_layers)
+            RecurrentLayer(width, hidden_size, cell="lstm", bidirectional=True)
+            for _ in range(n_layers)
         )
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(shape.dropout)
-        self.head = nn.Linear(width, len(PHONES))
+        self.head = nn.Linear(width, n_repeats * len(PHONES))
 
     def forward(self, letters: Tensor, lengths: Tensor) -> Tensor:
         """Compute log_probs.
 
         Args:
-            letters: places in `LETTERS`, padded, int64, (batch, letter).
+            letters: ids in `LETTERS`, int64, (batch, letter); padding may hold any number.
             lengths: letters of each word, int64, (batch,).
 
         Returns:
-            Log probabilities, float32, (batch, letter * repeats, phone).
+            Log probabilities, float32, (batch, letter * n_repeats, phone).
         """
-        n_repeats = self.shape.n_repeats
-        x = self.embedding(letters).unsqueeze(2) + self.place.weight
-        x = self.dropout(x.flatten(1, 2))  # (batch, frames, width)
-        reverse = reversal_index(lengths * n_repeats, x.shape[1])
+        letters = letters.clamp(0, len(LETTERS) - 1)
+        x = self.dropout(self.embedding(letters))  # (batch, letter, width)
+        reverse = reversal_index(lengths, letters.shape[1])
         for layer in self.layers:
             x = x + self.dropout(layer(x, reverse))
-        logits: Tensor = self.head(self.dropout(self.norm(x)))
-        return logits.float().log_softmax(-1)
+        logits = self.head(self.dropout(self.norm(x)))  # (batch, letter, n_repeats * phone)
+        logits = logits.unflatten(2, (self.n_repeats, len(PHONES))).flatten(1, 2)
+        log_probs: Tensor = logits.float().log_softmax(-1)
+        return log_probs
 
 
 @dataclass(frozen=True)
 class Split:
-    """Words of a dictionary for training, for choosing and for reporting."""
+    """The words of a dictionary, by use; a word is in one part with all its pronunciations."""
 
     train: tuple[str, ...]
+    """Trained on."""
     dev: tuple[str, ...]
+    """Choose the pass that is kept."""
     test: tuple[str, ...]
+    """Measure what is reported."""
+
+
+@dataclass(frozen=True)
+class G2pErrors:
+    """Errors of the pronunciations of a list of words."""
+
+    n_words: int
+    """Words pronounced."""
+    n_wrong_words: int
+    """Words whose pronunciation the dictionary lacks."""
+    n_phones: int
+    """Phones of the dictionary's nearest pronunciations."""
+    n_phone_errors: int
+    """Substitutions, deletions and insertions against these."""
+
+    @property
+    def word_error(self) -> float:
+        """Share of wrong words."""
+        return self.n_wrong_words / max(1, self.n_words)
+
+    @property
+    def phone_error(self) -> float:
+        """Phone errors over the phones of the dictionary."""
+        return self.n_phone_errors / max(1, self.n_phones)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A word and one of its pronunciations, as ids."""
+
+    letters: Tensor
+    """Ids in `LETTERS`, int64, (letter,)."""
+    phones: Tensor
+    """Ids in `PHONES`, int64, (phone,)."""
 
 
 def split_words(dictionary: Dictionary) -> Split:
-    """Split the words that letters spell; a word's place depends on the word alone."""
-    parts: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
-    for word in sorted(dictionary):
-        if set(word) <= set(LETTERS) and word.strip("'"):
-            percent = zlib.crc32(word.encode()) % 100
-            held_out = "dev" if percent < _PERCENT_TEST + _PERCENT_DEV else "train"
-            parts["test" if percent < _PERCENT_TEST else held_out].append(word)
-    return Split(*(tuple(parts[name]) for name in ("train", "dev", "test")))
-
-
-def train_g2p(
-    dictionary: Dictionary,
-    directory: Path,
-    *,
-    shape: G2pShape = G2pShape(),  # it is frozen
-    n_epochs: int = 20,
-    batch_size: int = 256,
-    highest_rate: float = 3e-3,
-    averaging: float = 0.999,
-    seed: int = 0,
-    precision: str = "auto",
-) -> G2pModel:
-    """Train a model, or go on with the one in the directory.
-
-    Args:
-        dictionary: words and their pronunciations.
-        directory: gets `last.pt`, with which a stopped run goes on, and `figures.jsonl`.
-        shape: size of the model.
-        n_epochs: passes over the training words; one pronunciation of each is drawn every time.
-        batch_size: words of a batch, of similar length.
-        highest_rate: learning rate at the start of the cosine.
-        averaging: share of the averaged weights that a step keeps.
-        seed: of everything that is drawn.
-        precision: `auto`, `bfloat16` or `float32`.
-
-    Returns:
-        The model with averaged weights, in evaluation mode.
-
-    Raises:
-        TrainingError: the dictionary has too few words, or the directory holds another run.
-    """
-    split = split_words(dictionary)
-    if not (split.train and split.dev):
-        raise TrainingError(
-            f"{len(split.train)} words to train and {len(split.dev)} to choose by are too few; "
-            "expected a dictionary of some hundred words of a-z"
-        )
-    directory.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    model = G2pModel(shape)
-    averaged = G2pModel(shape)
-    averaged.load_state_dict(model.state_dict())
-    optimiser = torch.optim.AdamW(model.parameters(), lr=highest_rate, weight_decay=0.01)
-    examples = _fitting(split.train, dictionary, shape.n_repeats)
-    n_steps = n_epochs * -(-len(examples) // batch_size)
-    dtype = choose_precision(
-        lambda kind: _step(model, _first(examples, batch_size), dictionary, random.Random(0), kind),
-        precision,
+    """Split the words that consist of letters and apostrophes: 5 % test, 2 % dev, by their hash."""
+    words = sorted(w for w in dictionary if set(w) <= set(LETTERS) and w.strip("'"))
+    places = {word: zlib.crc32(word.encode()) % 100 for word in words}
+    dev_end = _TEST_PERCENT + _DEV_PERCENT
+    return Split(
+        train=tuple(w for w in words if places[w] >= dev_end),
+        dev=tuple(w for w in words if _TEST_PERCENT <= places[w] < dev_end),
+        test=tuple(w for w in words if places[w] < _TEST_PERCENT),
     )
-    settings = {"shape": asdict(shape), "n_epochs": n_epochs, "batch_size": batch_size}
-    step, epoch, done = _resume(directory, settings, model, averaged, optimiser)
-    saved_at = time.monotonic()
-    while epoch < n_epochs:
-        draw = random.Random(f"{seed} {epoch}")
-        batches = _batches(examples, batch_size, draw)
-        for i, batch in enumerate(tqdm(batches, f"pass {epoch + 1}", mininterval=5.0)):
-            if i < done:
-                continue
-            rate = learning_rate(
-                step, progress=step / n_steps, n_warmup_steps=500, highest=highest_rate, final=1e-5
-            )
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            torch.manual_seed(seed + step)
-            chosen = random.Random(f"{seed} {epoch} {i}")
-            _step(model, batch, dictionary, chosen, dtype)
-            nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimiser.step()
-            optimiser.zero_grad()
-            kept = min(averaging, step / (step + 10))
-            with torch.no_grad():
-                for ours, theirs in zip(averaged.parameters(), model.parameters(), strict=True):
-                    ours.lerp_(theirs, 1 - kept)
-            step += 1
-            if time.monotonic() - saved_at > _CHECKPOINT_S:
-                _save(directory, settings, model, averaged, optimiser, step, epoch, i + 1)
-                saved_at = time.monotonic()
-        epoch, done = epoch + 1, 0
-        _save(directory, settings, model, averaged, optimiser, step, epoch, 0)
-        errors = evaluate_g2p(averaged, split.dev, dictionary)
-        logger.info(
-            "pass %d: word error %.2f %%, phone error %.2f %% on held-out words",
-            epoch, 100 * errors.words, 100 * errors.phones,
-        )  # fmt: skip
-        with (directory / "figures.jsonl").open("a", encoding="utf-8") as figures:
-            figures.write(json.dumps({"pass": epoch, **asdict(errors)}) + "\n")
-    return averaged.eval()
 
 
-def evaluate_g2p(model: G2pModel, words: Sequence[str], dictionary: Dictionary) -> G2pErrors:
-    """How often greedy pronunciations are none of the dictionary's."""
-    n_wrong, n_edits, n_phones = 0, 0, 0
-    for phones, word in zip(pronounce_greedily(model, words), words, strict=True):
-        edits, length = min(
-            (edit_distance(phones, known), len(known)) for known in dictionary[word]
-        )
-        n_wrong += edits > 0
-        n_edits += edits
-        n_phones += length
-    return G2pErrors(words=n_wrong / len(words), phones=n_edits / n_phones)
-
-
-def pronounce_greedily(model: G2pModel, words: Sequence[str]) -> list[tuple[str, ...]]:
-    """The best path of each word."""
-    model.eval()
-    found = []
-    with torch.inference_mode():
-        for start in range(0, len(words), 512):
-            batch = words[start : start + 512]
-            letters, lengths = _pad(batch)
-            best = model(letters, lengths).argmax(-1)
-            for row, word in zip(best.tolist(), batch, strict=True):
-                path = row[: len(word) * model.shape.n_repeats]
-                found.append(tuple(PHONES[i] for i in collapse(path)))
-    return found
-
-
-def edit_distance(one: Sequence[str], other: Sequence[str]) -> int:
-    """Insertions, deletions and substitutions between two sequences."""
-    row = list(range(len(other) + 1))
-    for i, left in enumerate(one, 1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(other, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
-
-
-def _fitting(words: Sequence[str], dictionary: Dictionary, n_repeats: int) -> list[str]:
-    """The words with a pronunciation that CTC can spell in their frames."""
+def make_examples(words: Sequence[str], *, dictionary: Dictionary, n_repeats: int) -> list[Example]:
+    """Every pronunciation of every word, but those with more phones than CTC has frames for."""
+    phone_ids = {phone: i for i, phone in enumerate(PHONES)}
     return [
-        word
+        Example(_encode(word), torch.tensor([phone_ids[phone] for phone in phones]))
         for word in words
-        if any(_n_frames(phones) <= len(word) * n_repeats for phones in dictionary[word])
+        for phones in dictionary[word]
+        if _frames_needed(phones) <= n_repeats * len(word)
     ]
 
 
-def _n_frames(phones: Sequence[str]) -> int:
-    """Frames that CTC needs: one a phone, and one between equal ones."""
-    return len(phones) + sum(one == other for one, other in pairwise(phones))
+def train_g2p(
+    directory: Path,
+    *,
+    dictionary: Dictionary | None = None,
+    n_layers: int = 4,
+    hidden_size: int = 168,
+    n_repeats: int = 3,
+    dropout: float = 0.2,
+    n_epochs: int = 20,
+    batch_size: int = 256,
+    learning_rate: float = 3e-3,
+    precision: str = "auto",
+    checkpoint_every_s: float = 60.0,
+    seed: int = 1,
+) -> G2pErrors:
+    """Train a model, or go on training, until the last pass is done.
 
+    Args:
+        directory: of the run; see above for its files.
+        dictionary: words and their pronunciations; None takes the CMU dictionary.
+        n_layers: bidirectional LSTM layers.
+        hidden_size: cells of a direction.
+        n_repeats: frames of a letter.
+        dropout: share of activations dropped.
+        n_epochs: passes over the training words.
+        batch_size: pronunciations in a batch.
+        learning_rate: highest, at the end of the warm-up; half a cosine leads to zero.
+        precision: `auto`, `bfloat16` or `float32`.
+        checkpoint_every_s: seconds between checkpoints inside a pass.
+        seed: of weights, batches and dropout.
 
-def _first(examples: Sequence[str], batch_size: int) -> list[str]:
-    return list(examples[:batch_size])
+    Returns:
+        The errors of the best pass on the development words, greedily decoded.
 
-
-def _batches(words: Sequence[str], batch_size: int, draw: random.Random) -> list[list[str]]:
-    """Shuffled batches of words of similar length."""
-    shuffled = list(words)
-    draw.shuffle(shuffled)
-    batches = []
-    pool_size = batch_size * _POOL_BATCHES
-    for start in range(0, len(shuffled), pool_size):
-        pool = sorted(shuffled[start : start + pool_size], key=len)
-        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-    draw.shuffle(batches)
-    return batches
-
-
-def _step(
-    model: G2pModel,
-    words: Sequence[str],
-    dictionary: Dictionary,
-    draw: random.Random,
-    dtype: torch.dtype,
-) -> None:
-    """Add the gradient of one batch."""
-    model.train()
-    n_repeats = model.shape.n_repeats
-    ids = {phone: i for i, phone in enumerate(PHONES)}
-    targets = []
-    for word in words:
-        fitting = [p for p in dictionary[word] if _n_frames(p) <= len(word) * n_repeats]
-        targets.append([ids[phone] for phone in draw.choice(fitting)])
-    letters, lengths = _pad(words)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        log_probs = model(letters, lengths)
-    loss = nn.functional.ctc_loss(
-        log_probs.transpose(0, 1),
-        torch.tensor([i for target in targets for i in target]),
-        lengths * n_repeats,
-        torch.tensor([len(target) for target in targets]),
-        reduction="sum",
+    Raises:
+        TrainingError: no words to train on, or the folder holds another run.
+    """
+    run = _Run(
+        directory,
+        dictionary=load_dictionary() if dictionary is None else dictionary,
+        settings={
+            "model": {
+                "n_layers": n_layers,
+                "hidden_size": hidden_size,
+                "n_repeats": n_repeats,
+                "dropout": dropout,
+            },
+            "optimiser": {
+                "n_epochs": n_epochs,
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "seed": seed,
+            },
+        },
+        checkpoint_every_s=checkpoint_every_s,
     )
-    (loss / sum(map(len, targets))).backward()
+    return run.train(precision)
 
 
-def _pad(words: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Letters as (batch, letter) and their number."""
-    lengths = torch.tensor([len(word) for word in words])
-    letters = torch.full((len(words), int(lengths.max())), _PADDING)
-    for row, word in enumerate(words):
-        letters[row, : len(word)] = torch.tensor([LETTERS.index(letter) for letter in word])
-    return letters, lengths
+def evaluate_g2p(graph: Path, *, dictionary: Dictionary | None = None) -> G2pErrors:
+    """Errors of an exported graph on the test words, which no training run has seen.
+
+    Args:
+        graph: an ONNX file that `export_g2p` wrote.
+        dictionary: what the model was trained on; None is the CMU dictionary.
+
+    Raises:
+        BundleError: the file is missing, damaged or another graph.
+    """
+    dictionary = load_dictionary() if dictionary is None else dictionary
+    words = split_words(dictionary).test
+    return count_errors(Pronouncer(graph).pronounce(words), words=words, dictionary=dictionary)
 
 
-def _save(
-    directory: Path,
-    settings: Mapping[str, Any],
-    model: G2pModel,
-    averaged: G2pModel,
-    optimiser: torch.optim.Optimizer,
-    step: int,
-    epoch: int,
-    done: int,
-) -> None:
-    path = directory / "last.pt"
-    unfinished = path.with_suffix(".unfinished")
-    state = {
-        "settings": settings,
-        "model": model.state_dict(),
-        "averaged": averaged.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "place": (step, epoch, done),
-    }
-    torch.save(state, unfinished)
-    unfinished.replace(path)
+def count_errors(
+    pronounced: Sequence[Sequence[str]], *, words: Sequence[str], dictionary: Dictionary
+) -> G2pErrors:
+    """Compare each word's pronunciation with the dictionary's nearest one."""
+    nearest = [
+        min((edit_distance(phones, known), len(known)) for known in dictionary[word])
+        for phones, word in zip(pronounced, words, strict=True)
+    ]
+    return G2pErrors(
+        n_words=len(words),
+        n_wrong_words=sum(n_edits > 0 for n_edits, _ in nearest),
+        n_phones=sum(n_phones for _, n_phones in nearest),
+        n_phone_errors=sum(n_edits for n_edits, _ in nearest),
+    )
 
 
-def _resume(
-    directory: Path,
-    settings: Mapping[str, Any],
-    model: G2pModel,
-    averaged: G2pModel,
-    optimiser: torch.optim.Optimizer,
-) -> tuple[int, int, int]:
-    """Load what the directory holds; return step, pass and batches of the pass that are done."""
-    optimiser.zero_grad()
-    path = directory / "last.pt"
-    if not path.exists():
-        return 0, 0, 0
-    state = torch.load(path, weights_only=True)
-    if state["settings"] != settings:
+def edit_distance(hypothesis: Sequence[str], reference: Sequence[str]) -> int:
+    """Substitutions, deletions and insertions between two sequences (Levenshtein)."""
+    costs = list(range(len(reference) + 1))
+    for i, heard in enumerate(hypothesis, 1):
+        diagonal, costs[0] = costs[0], i
+        for j, said in enumerate(reference, 1):
+            cost = min(costs[j] + 1, costs[j - 1] + 1, diagonal + (heard != said))
+            diagonal, costs[j] = costs[j], cost
+    return costs[-1]
+
+
+def pronounce_greedily(model: G2pModel, words: Sequence[str]) -> list[tuple[str, ...]]:
+    """Phones of each word: the best path, collapsed."""
+    model.eval()
+    pronounced = []
+    for first in range(0, len(words), _EVALUATED_WORDS):
+        letters = [_encode(word) for word in words[first : first + _EVALUATED_WORDS]]
+        with torch.inference_mode():
+            paths = model(*_pad(letters)).argmax(-1)
+        for path, word in zip(paths.tolist(), letters, strict=True):
+            labels = collapse(path[: model.n_repeats * len(word)])
+            pronounced.append(tuple(PHONES[label] for label in labels))
+    return pronounced
+
+
+def load_g2p(path: Path) -> G2pModel:
+    """Load the averaged weights of a checkpoint, ready to evaluate.
+
+    Raises:
+        TrainingError: the file is missing, damaged or no checkpoint of letters to phones.
+    """
+    checkpoint = load_checkpoint(path)
+    if tuple(checkpoint.tokens) != LETTERS or tuple(checkpoint.phones) != PHONES:
         raise TrainingError(
-            f"{path} was trained with {state['settings']}, not {settings}; "
-            "name another directory or the same settings"
+            f"{path} is no checkpoint of a pronunciation model; name one that train_g2p wrote"
         )
-    model.load_state_dict(state["model"])
-    averaged.load_state_dict(state["averaged"])
-    optimiser.load_state_dict(state["optimiser"])
-    step, epoch, done = state["place"]
-    return step, epoch, done
+    model = G2pModel(**checkpoint.settings["model"])
+    model.load_state_dict(checkpoint.averaged)
+    return model.eval()
+
+
+class _Run:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        dictionary: Dictionary,
+        settings: Mapping[str, Any],
+        checkpoint_every_s: float,
+    ) -> None:
+        self.directory = directory
+        self.dictionary = dictionary
+        self.settings = settings
+        self.options: Mapping[str, Any] = settings["optimiser"]
+        self.checkpoint_every_s = checkpoint_every_s
+        torch.manual_seed(self.options["seed"])
+        self.model = G2pModel(**settings["model"])
+        self.averaged = AveragedModel(self.model, avg_fn=_average)
+        self.optimiser = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01
+        )
+        split = split_words(dictionary)
+        self.dev = split.dev
+        self.examples = make_examples(
+            split.train, dictionary=dictionary, n_repeats=self.model.n_repeats
+        )
+        if not self.examples or not self.dev:
+            raise TrainingError(
+                f"{len(self.examples)} pronunciations to train on and {len(self.dev)} words to "
+                "choose by; expected a dictionary of more words of a-z"
+            )
+        self.progress = self._restore()
+        self.saved = time.monotonic()
+
+    def train(self, precision: str) -> G2pErrors:
+        dtype = self._choose_precision(precision)
+        n_parameters = sum(p.numel() for p in self.model.parameters())
+        logger.info("%.1f M parameters, %d pronunciations", n_parameters / 1e6, len(self.examples))
+        while self.progress.epoch < self.options["n_epochs"]:
+            self._train_pass(dtype)
+            self._evaluate()
+            self._save("last.pt")
+        return self._count_errors(load_g2p(self.directory / "best.pt"))
+
+    def _train_pass(self, dtype: torch.dtype) -> None:
+        """What is left of one pass over the training words."""
+        batches = self._make_batches()
+        bar = tqdm(
+            batches[self.progress.batch :],
+            desc=f"pass {self.progress.epoch + 1}/{self.options['n_epochs']}",
+            initial=self.progress.batch,
+            total=len(batches),
+            mininterval=5.0,
+        )
+        for batch in bar:
+            loss = self._step(batch, dtype, n_batches=len(batches))
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.progress = replace(
+                self.progress, batch=self.progress.batch + 1, step=self.progress.step + 1
+            )
+            if time.monotonic() - self.saved >= self.checkpoint_every_s:
+                self._save("last.pt")
+        self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
+
+    def _step(self, batch: Sequence[Example], dtype: torch.dtype, *, n_batches: int) -> float:
+        """One optimiser step; returns the loss a phone."""
+        n_steps = n_batches * self.options["n_epochs"]
+        rate = rate_of_step(
+            self.progress.step,
+            progress=self.progress.step / n_steps,
+            n_warmup_steps=round(_WARMUP_SHARE * n_steps),
+            highest=self.options["learning_rate"],
+            final=0.0,
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(self.options["seed"] * 1_000_003 + self.progress.step)
+        loss = self._compute_loss(batch, dtype)
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, error_if_nonfinite=True)
+        self.optimiser.step()
+        self.averaged.update_parameters(self.model)
+        return loss.item()
+
+    def _compute_loss(self, batch: Sequence[Example], dtype: torch.dtype) -> Tensor:
+        """CTC loss of a batch, a phone."""
+        letters, lengths = _pad([example.letters for example in batch])
+        phones = torch.cat([example.phones for example in batch])
+        phone_lengths = torch.tensor([len(example.phones) for example in batch])
+        self.model.train()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            log_probs = self.model(letters, lengths)
+        loss = nn.functional.ctc_loss(
+            log_probs.transpose(0, 1),  # time first, as torch wants it
+            phones,
+            lengths * self.model.n_repeats,
+            phone_lengths,
+            reduction="sum",
+        )
+        return loss / len(phones)
+
+    def _make_batches(self) -> list[list[Example]]:
+        """The batches of this pass, each of words of similar length."""
+        draw = random.Random(f"{self.options['seed']} {self.progress.epoch}")
+        shuffled = draw.sample(self.examples, len(self.examples))
+        size = self.options["batch_size"]
+        batches = []
+        for first in range(0, len(shuffled), size * _POOLED_BATCHES):
+            pool = shuffled[first : first + size * _POOLED_BATCHES]
+            pool.sort(key=lambda example: len(example.letters))
+            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
+        draw.shuffle(batches)
+        return batches
+
+    def _evaluate(self) -> None:
+        """Score the averaged weights on the development words; keep them if they are the best."""
+        averaged = self.averaged.module
+        assert isinstance(averaged, G2pModel)
+        errors = self._count_errors(averaged)
+        if errors.word_error < self.progress.best_cer:
+            self.progress = replace(self.progress, best_cer=errors.word_error)
+            self._save("best.pt")
+        row = {
+            "epoch": self.progress.epoch,
+            "word_error": round(errors.word_error, 4),
+            "phone_error": round(errors.phone_error, 4),
+        }
+        with (self.directory / "dev.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        logger.info(
+            "pass %(epoch)d: word error %(word_error).4f, phone error %(phone_error).4f", row
+        )
+
+    def _count_errors(self, model: G2pModel) -> G2pErrors:
+        pronounced = pronounce_greedily(model, self.dev)
+        return count_errors(pronounced, words=self.dev, dictionary=self.dictionary)
+
+    def _choose_precision(self, requested: str) -> torch.dtype:
+        batch = self._make_batches()[0]
+
+        def step(dtype: torch.dtype) -> None:
+            self._compute_loss(batch, dtype).backward()
+            self.optimiser.zero_grad()
+
+        return choose_precision(step, requested)
+
+    def _restore(self) -> Progress:
+        """Continue from `last.pt` where there is one."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / "last.pt"
+        if not path.exists():
+            return Progress()
+        checkpoint = load_checkpoint(path)
+        if checkpoint.settings != self.settings:
+            raise TrainingError(
+                f"{self.directory} holds a run with {checkpoint.settings}, asked for was "
+                f"{self.settings}; choose another directory or delete it"
+            )
+        assert checkpoint.model is not None
+        assert checkpoint.optimiser is not None
+        self.model.load_state_dict(checkpoint.model)
+        self.averaged.module.load_state_dict(checkpoint.averaged)
+        self.averaged.n_averaged.fill_(checkpoint.progress.step)
+        self.optimiser.load_state_dict(checkpoint.optimiser)
+        logger.info("going on at step %d", checkpoint.progress.step)
+        return checkpoint.progress
+
+    def _save(self, name: str) -> None:
+        checkpoint = Checkpoint(
+            settings=dict(self.settings),
+            tokens=list(LETTERS),
+            phones=list(PHONES),
+            averaged=self.averaged.module.state_dict(),
+            progress=self.progress,
+            model=self.model.state_dict(),
+            optimiser=self.optimiser.state_dict(),
+        )
+        save_checkpoint(checkpoint, self.directory / name)
+        self.saved = time.monotonic()
+
+
+def _average(averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
+    """An exponential average that forgets faster while it is young."""
+    decay = min(_AVERAGE_DECAY, (1 + int(n_averaged)) / (10 + int(n_averaged)))
+    return torch.lerp(averaged, current, 1 - decay)
+
+
+def _encode(word: str) -> Tensor:
+    return torch.tensor([LETTERS.index(letter) for letter in word])
+
+
+def _pad(letters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Words as (batch, letter), and their lengths, (batch,)."""
+    lengths = torch.tensor([len(word) for word in letters])
+    return pad_sequence(list(letters), batch_first=True), lengths
+
+
+def _frames_needed(phones: Sequence[str]) -> int:
+    """Frames of the shortest CTC path: one a phone, and a blank between two that are equal."""
+    return len(phones) + sum(one == other for one, other in pairwise(phones))
