@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -27,7 +27,7 @@ from service.bundle import (
     SearchTokens,
     load_bundle,
 )
-from service.decoding.beam import BeamDecoder
+from service.decoding.beam import LOWEST_PEAK, WORD_FEATURES, BeamDecoder
 from service.decoding.hypothesis import FloatArray
 from service.decoding.ngram import NgramModel, load_ngram
 from service.errors import InputError, MissingExtraError
@@ -68,6 +68,8 @@ class ConfidenceFigures:
     """Expected calibration error, over ten bins of equal size."""
     auc: float
     """Probability that a right word has more confidence than a wrong one."""
+    max_probability_auc: float = float("nan")
+    """The same of the plain measure: the least of the word's tokens' highest probabilities."""
 
 
 def tune_bundle(
@@ -124,7 +126,8 @@ def tune_bundle(
         confidence, figures = fit_confidence(bundle, lm, head, fitted, items)
         on_line(
             f"{head}: confidence, cross-fitted: NCE {figures.nce:.3f}, ECE {figures.ece:.3f}, "
-            f"AUC {figures.auc:.3f}"
+            f"AUC {figures.auc:.3f} (of the lowest token probability alone "
+            f"{figures.max_probability_auc:.3f})"
         )
         fitted = fitted.model_copy(update={"confidence": confidence})
         settings = settings.model_copy(update={head: fitted})
@@ -226,7 +229,8 @@ def fit_confidence(
     confidence = Confidence(
         intercept=round(intercept, 5), weights=tuple(round(w, 5) for w in weights.tolist())
     )
-    return confidence, measure_confidence(held_out, y)
+    plain_auc = rank_probability(x[:, WORD_FEATURES.index(LOWEST_PEAK)], y)
+    return confidence, replace(measure_confidence(held_out, y), max_probability_auc=plain_auc)
 
 
 def mark_right(reference: str, words: Sequence[str]) -> list[bool]:

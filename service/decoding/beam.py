@@ -50,9 +50,10 @@ class WordCalibration:
     weights: tuple[float, ...] = ()
 
 
+LOWEST_PEAK: Final = "lowest log probability of a token"
 WORD_FEATURES: Final = (
     "log odds of the share of the beam that has the word",
-    "lowest log probability of a token",
+    LOWEST_PEAK,
     "mean entropy of the tokens' frames",
     "highest entropy of a token's frame",
     "base 10 log probability of the word",

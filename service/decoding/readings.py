@@ -18,7 +18,6 @@ from service.decoding.search import (
     N_SLOTS,
     NO_WORD,
     DoubleArray,
-    IntArray,
     Knowledge,
     LongArray,
     SearchState,
@@ -31,7 +30,7 @@ _LEAST_POSTERIOR: Final = 1e-4
 
 
 class Readings(NamedTuple):
-    """The beam as if the audio ended here, best first; and the best way to each node.
+    """The beam as if the audio ended here, best first.
 
     `m` is the number of readings.
     """
@@ -44,8 +43,6 @@ class Readings(NamedTuple):
     """Of all ways to the node, with the end of the word and of the sentence, float64, (m,)."""
     log_share: DoubleArray
     """Log share of the best way to each node of the tree, float64, (n,); NaN if not needed."""
-    way: IntArray
-    """The rival that the best way to a node comes by, −1 for its own edge, int32, (n,)."""
     order: LongArray
     """The nodes that any reading comes by, each behind those before it on a way, int64."""
 
@@ -58,26 +55,21 @@ def read_beam(knowledge: Knowledge, state: SearchState, is_end: bool) -> Reading
         found = _end_words_of_beam(knowledge, state, is_end, True)
     nodes, words, masses = found
     log_share = np.full(len(state.parent), np.nan)
-    way = np.full(len(state.parent), -1, np.int32)
     log_mass = np.empty(len(nodes))
     reached = [np.int64(0) for _ in range(0)]
     for i in range(len(nodes)):
-        _find_best_way(state, nodes[i], log_share, way, reached)
+        _find_best_share(state, nodes[i], log_share, reached)
         log_mass[i] = math.log(masses[i]) + state.log_scale[0] if masses[i] > 0.0 else -np.inf
     by_score = np.empty(len(nodes))
     for i in range(len(nodes)):
         by_score[i] = -(log_mass[i] + log_share[nodes[i]])
     order = np.argsort(by_score, kind="mergesort")
-    return Readings(nodes[order], words[order], log_mass[order], log_share, way, np.array(reached))
+    return Readings(nodes[order], words[order], log_mass[order], log_share, np.array(reached))
 
 
 @allocating
-def _find_best_way(
-    state: SearchState,
-    node: int,
-    log_share: DoubleArray,
-    way: IntArray,
-    reached: list[np.int64],
+def _find_best_share(
+    state: SearchState, node: int, log_share: DoubleArray, reached: list[np.int64]
 ) -> None:
     """Fill in the share of the best way to a node and to all it comes by."""
     stack = [np.int64(node)]
@@ -105,25 +97,10 @@ def _find_best_way(
             best = math.log(state.own_share[node]) + log_share[parent]
         rival = state.first_rival[node]
         while rival >= 0:
-            through = math.log(state.share[rival]) + log_share[rival]
-            if through > best:
-                best = through
-                way[node] = rival
+            best = max(best, math.log(state.share[rival]) + log_share[rival])
             rival = state.next_rival[rival]
         log_share[node] = best
         reached.append(np.int64(node))
-
-
-@allocating
-def best_way(state: SearchState, readings: Readings, node: int) -> LongArray:
-    """The nodes of the best way from the root to a node, int64."""
-    nodes = [np.int64(0) for _ in range(0)]
-    while node >= 0:
-        while readings.way[node] >= 0:
-            node = readings.way[node]
-        nodes.append(np.int64(node))
-        node = state.parent[node]
-    return np.array(nodes[::-1])
 
 
 @allocating

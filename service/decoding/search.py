@@ -33,14 +33,12 @@ BoolArray = npt.NDArray[np.bool_]
 
 NO_WORD: Final = -1
 OFF_TRIE: Final = -1
-LN_10: Final = math.log(10)
 
 # places in `SearchState.counts`
 N_SLOTS: Final = 0
 N_FREE: Final = 1
 N_FRAMES: Final = 2
-TREE_ROOT: Final = 3
-N_COUNTS: Final = 4
+N_COUNTS: Final = 3
 
 _CACHE_SIZE: Final = 2048  # a power of two
 _CANDIDATES_A_PREFIX: Final = 8
@@ -105,7 +103,7 @@ class SearchState(NamedTuple):
     """Everything that a search carries from frame to frame; `n` is the capacity of the tree."""
 
     counts: LongArray
-    """Slots in use, free nodes, frames read, root of the tree."""
+    """Slots in use, free nodes, frames read."""
     log_scale: DoubleArray
     """Log of what the masses were divided by, float64, (1,)."""
     slot_node: IntArray
@@ -436,6 +434,31 @@ def _next_candidate(
 
 
 @inlined
+def _propose(
+    settings: SearchSettings,
+    scratch: Scratch,
+    slot: int,
+    token: int,
+    mass: float,
+    word: int,
+    place: int,
+    phrase: int,
+    factor: float,
+    look: float,
+) -> None:
+    """Note a candidate that the tree has no node for, unless it is too weak."""
+    grown = mass * factor
+    if grown > scratch.best[0] * settings.beam_prune:
+        at = _next_candidate(settings, scratch, slot, token, grown)
+        scratch.node[at] = -1
+        scratch.word[at] = word
+        scratch.place[at] = place
+        scratch.phrase[at] = phrase
+        scratch.factor[at] = factor
+        scratch.look[at] = look
+
+
+@inlined
 def _spell(
     knowledge: Knowledge,
     state: SearchState,
@@ -459,15 +482,7 @@ def _spell(
     else:
         look = settings.phrase_share
     factor = look / state.look[node] * phrases.credit[following] / phrases.credit[phrase]
-    grown = mass * factor
-    if grown > scratch.best[0] * settings.beam_prune:
-        at = _next_candidate(settings, scratch, slot, token, grown)
-        scratch.node[at] = -1
-        scratch.word[at] = NO_WORD
-        scratch.place[at] = place
-        scratch.phrase[at] = following
-        scratch.factor[at] = factor
-        scratch.look[at] = look
+    _propose(settings, scratch, slot, token, mass, NO_WORD, place, following, factor, look)
 
 
 @inlined
@@ -490,15 +505,7 @@ def _end_word(
         share = settings.unknown_share
     factor = word_gain(knowledge, state, node, word, scratch.lm_state) * share * gain
     factor /= state.look[node]
-    grown = mass * factor
-    if grown > scratch.best[0] * settings.beam_prune:
-        at = _next_candidate(settings, scratch, slot, token, grown)
-        scratch.node[at] = -1
-        scratch.word[at] = word
-        scratch.place[at] = 0
-        scratch.phrase[at] = phrase
-        scratch.factor[at] = factor
-        scratch.look[at] = 1.0
+    _propose(settings, scratch, slot, token, mass, word, 0, phrase, factor, 1.0)
 
 
 @compiled
@@ -595,15 +602,7 @@ def _begin_word(
     factor *= look / state.look[node]
     if word == settings.unknown_word:
         factor *= settings.unknown_share
-    grown = mass * factor
-    if grown > scratch.best[0] * settings.beam_prune:
-        at = _next_candidate(settings, scratch, slot, token, grown)
-        scratch.node[at] = -1
-        scratch.word[at] = word
-        scratch.place[at] = place
-        scratch.phrase[at] = phrase
-        scratch.factor[at] = factor
-        scratch.look[at] = look
+    _propose(settings, scratch, slot, token, mass, word, place, phrase, factor, look)
 
 
 @compiled
@@ -974,7 +973,6 @@ def cut(state: SearchState, root: int) -> None:
     Readings that differ in what is forgotten are given up.
     """
     state.parent[root] = -1
-    state.counts[TREE_ROOT] = root
     state.first_rival[root] = -1
     state.own_share[root] = 1.0
     for slot in range(state.counts[N_SLOTS]):
