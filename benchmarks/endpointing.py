@@ -19,11 +19,11 @@ import numpy as np
 from joined import Joined, join_utterances, to_pcm
 from tqdm import tqdm
 
-from service.audio import AudioFormat
 from service.bundle import find_bundle
 from service.endpointing import EndpointSettings
 from service.features import log_mel
 from service.recogniser import DecoderName, Recogniser, load_recogniser
+from service.request import StreamRequest
 from service.scoring import ErrorCounts, count_errors
 from service.session import Session
 
@@ -106,11 +106,8 @@ def measure_recording(
     """Stream one recording and count what its endpoints do."""
     session = Session(
         recogniser,
-        AudioFormat(),
+        StreamRequest(profile=profile, second_pass=second_pass, endpointing=settings),
         decoder=decoder,
-        profile=profile,
-        second_pass=second_pass,
-        endpointing=settings,
     )
     pcm = to_pcm(recording.waveform)
     n_bytes = int(_PIECE_S * recogniser.sample_rate) * 2

@@ -23,13 +23,14 @@ import numpy.typing as npt
 from joined import to_pcm
 from tqdm import tqdm
 
-from service.audio import AudioFormat, load_audio
+from service.audio import load_audio
 from service.bundle import Survival, find_bundle
 from service.decoding.hypothesis import Word
 from service.endpointing import EndpointSettings
 from service.features import log_mel
 from service.manifest import Utterance, read_manifest
 from service.recogniser import DecoderName, FloatArray, Recogniser, TimedWord, load_recogniser
+from service.request import StreamRequest
 from service.segmenter import Settled, UtteranceEnded
 from service.segmenter import Utterance as Stretch
 from service.session import Session, Update
@@ -90,11 +91,8 @@ class Changes:
             pcm = to_pcm(waveform)
             session = Session(
                 recogniser,
-                AudioFormat(),
+                StreamRequest(profile=profile, second_pass=kind.second_pass, interim_results=True),
                 decoder=kind.decoder,
-                profile=profile,
-                second_pass=kind.second_pass,
-                interim_results=True,
             )
             pieces = (pcm[i : i + _PIECE_BYTES] for i in range(0, len(pcm), _PIECE_BYTES))
             updates = [update for piece in pieces for update in session.push(piece)]

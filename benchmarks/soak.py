@@ -20,9 +20,9 @@ import psutil
 from joined import join_utterances, to_pcm
 from tqdm import tqdm
 
-from service.audio import AudioFormat
 from service.bundle import find_bundle
 from service.recogniser import load_recogniser
+from service.request import StreamRequest
 from service.session import Session
 
 _PIECE_S: Final = 0.1
@@ -45,7 +45,7 @@ def main() -> None:
         sample_rate=recogniser.sample_rate,
     )
     recordings = [to_pcm(j.waveform) for j in joined]
-    session = Session(recogniser, AudioFormat(), decoder=arguments.decoder, interim_results=True)
+    session = Session(recogniser, StreamRequest(interim_results=True), decoder=arguments.decoder)
     process = psutil.Process()
     n_bytes = int(_PIECE_S * recogniser.sample_rate) * 2
     steps_s: list[list[float]] = [[] for _ in range(int(np.ceil(arguments.hours)))]

@@ -18,9 +18,9 @@ import numpy as np
 from joined import join_utterances, to_pcm
 from tqdm import tqdm
 
-from service.audio import AudioFormat
 from service.bundle import find_bundle
 from service.recogniser import load_recogniser
+from service.request import StreamRequest
 from service.session import Session
 
 _PIECE_S: Final = 0.02
@@ -52,10 +52,8 @@ def main() -> None:
         for recording in tqdm(joined[::step], desc=profile, unit="recording"):
             session = Session(
                 recogniser,
-                AudioFormat(),
+                StreamRequest(profile=profile, interim_results=True),
                 decoder=arguments.decoder,
-                profile=profile,
-                interim_results=True,
             )
             pcm = to_pcm(recording.waveform)
             audio_s += len(recording.waveform) / recogniser.sample_rate

@@ -1,8 +1,9 @@
-"""Audio: bytes of any supported format in, mono float32 at the model's rate out.
+"""Audio: bytes of any supported format in, float32 at the model's rate out.
 
-Raw PCM and PCM WAV are decoded as they arrive; FLAC, Ogg (Opus, Vorbis), mp3 and other WAV
-encodings are collected and decoded by libsndfile when they are complete. Channels are averaged,
-then resampled by soxr. However the bytes are cut, the samples are the same.
+Raw PCM and G.711, and WAV of either, are decoded as they arrive; FLAC, Ogg (Opus, Vorbis), mp3 and
+other WAV encodings are collected and decoded by libsndfile when they are complete. Channels are
+averaged, unless they are wanted apart, then resampled by soxr. However the bytes are cut, the
+samples are the same.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -21,7 +23,7 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-from service.errors import AudioError, RequestError
+from service.errors import AudioError, InputError, RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +31,14 @@ FloatArray = npt.NDArray[np.float32]
 
 AUDIO_EXTENSIONS: Final = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 DEFAULT_SAMPLE_RATE: Final = 16_000
+TELEPHONE_RATE: Final = 8_000
 LOWEST_RATE: Final = 4_000
 HIGHEST_RATE: Final = 384_000
 MOST_CHANNELS: Final = 32
 
 _PIECE_BYTES: Final = 1 << 20
 _BLOCK_FRAMES: Final = 1 << 22  # soundfile seeks after each block, which mp3 pays for
+_BLOCK_SAMPLES: Final = 1 << 23  # of all channels together
 _SNIFF_BYTES: Final = 12
 _LOUDEST: Final = 1e6  # float samples beyond are no audio, and could overflow in what follows
 _TEXT_BYTES: Final = 512
@@ -45,6 +49,8 @@ class Encoding(Enum):
     """How audio bytes are encoded."""
 
     LINEAR16 = "LINEAR16"
+    MULAW = "MULAW"
+    ALAW = "ALAW"
     WAV = "WAV"
     FLAC = "FLAC"
     OGG = "OGG_OPUS"
@@ -58,31 +64,59 @@ class AudioFormat:
     encoding: Encoding | None = None
     """None: from the header; without a header, 16-bit little-endian PCM."""
     sample_rate: int | None = None
-    """Samples a second and channel, Hz; without a header the default is 16,000."""
+    """Samples a second and channel, Hz; without a header 16,000 by default, of G.711 8,000."""
     n_channels: int | None = None
     """Interleaved channels; without a header the default is 1."""
     header_required: bool = False
-    """Whether bytes without a known header are an error rather than raw PCM (files)."""
+    """Whether bytes without a known header are an error rather than raw samples (files)."""
 
 
 class AudioStream:
-    """Turns the bytes of one recording into samples, piece by piece."""
+    """Turns the bytes of one recording into samples, piece by piece.
 
-    def __init__(self, audio_format: AudioFormat, *, target_rate: int) -> None:
+    Args:
+        audio_format: what the sender says of it.
+        target_rate: rate of the samples returned, Hz.
+        separate_channels: whether channels are resampled each on its own and come as
+            (time, channel), rather than averaged, as (time,). What is returned before `n_channels`
+            is known is empty and of shape (0, 1).
+        longest_s: seconds of audio beyond which a recording is refused; None for no limit.
+    """
+
+    def __init__(
+        self,
+        audio_format: AudioFormat,
+        *,
+        target_rate: int,
+        separate_channels: bool = False,
+        longest_s: float | None = None,
+    ) -> None:
         self._format = audio_format
         self._target_rate = target_rate
+        self._separate_channels = separate_channels
+        self._longest_s = longest_s
         self._head = b""
         self._reader: _Reader | None = None
         self._resampler: _Resampler | None = None
+        self._n_frames = 0
         self._n_samples = 0
         self.n_bytes = 0
         """Bytes received so far."""
 
+    @property
+    def n_channels(self) -> int | None:
+        """Channels of the recording; None while that is not known."""
+        reader = self._reader
+        return reader.n_channels if reader is not None and reader.is_open else None
+
     def push(self, data: bytes) -> FloatArray:
-        """Take the next bytes; return the samples they complete, float32 (time,).
+        """Take the next bytes; return the samples they complete, float32.
+
+        Returns:
+            (time,), or (time, channel) where channels are separate.
 
         Raises:
-            AudioError: the bytes are no audio, or broken.
+            AudioError: the bytes are no audio, broken, or longer than the limit.
             RequestError: they contradict what the sender said of them.
         """
         self.n_bytes += len(data)
@@ -90,18 +124,19 @@ class AudioStream:
             self._head += data
             self._reader = _open_reader(self._head, self._format, is_complete=False)
             if self._reader is None:
-                return np.zeros(0, np.float32)
+                return self._nothing()
             data, self._head = self._head, b""
         return self._count(self._convert(self._reader, self._reader.push(data), is_last=False))
 
     def finish(self) -> FloatArray:
-        """Say that the recording is complete; return the remaining samples, float32 (time,).
+        """Say that the recording is complete; return the remaining samples, as `push` does.
 
         Raises:
-            AudioError: what arrived is no audio, or broken.
+            AudioError: what arrived is no audio, broken, or longer than the limit.
             RequestError: it contradicts what the sender said of it.
         """
-        return np.concatenate([np.zeros(0, np.float32), *self.drain()])
+        blocks = [block for block in self.drain() if len(block) > 0]
+        return np.concatenate([self._nothing(), *blocks])
 
     def drain(self) -> Iterator[FloatArray]:
         """`finish` in blocks, so that a long compressed recording is never whole in memory."""
@@ -114,7 +149,7 @@ class AudioStream:
             )
         for frames in self._reader.finish():
             yield self._count(self._convert(self._reader, frames, is_last=False))
-        nothing = np.zeros((0, 1), np.float32)
+        nothing = np.zeros((0, self._reader.n_channels), np.float32)
         yield self._count(self._convert(self._reader, nothing, is_last=True))
         if self._n_samples == 0 and self.n_bytes > 0:
             raise AudioError(
@@ -122,40 +157,90 @@ class AudioStream:
                 "expected a recording"
             )
 
+    def _nothing(self) -> FloatArray:
+        shape = (0, self.n_channels or 1) if self._separate_channels else (0,)
+        return np.zeros(shape, np.float32)
+
     def _count(self, waveform: FloatArray) -> FloatArray:
         self._n_samples += len(waveform)
         return waveform
 
     def _convert(self, reader: _Reader, frames: FloatArray, *, is_last: bool) -> FloatArray:
-        """Average the channels of (time, channel) frames and resample them: (time,)."""
+        """Average the channels of (time, channel) frames, if they are to be, and resample them."""
+        self._check_length(reader, len(frames))
         if not (np.abs(frames) <= _LOUDEST).all():  # NaN is not either
             raise AudioError(
                 "the audio has samples that are not numbers (NaN or infinite) or far too large; "
                 "expected values between -1 and 1: repair or re-encode the recording"
             )
-        mono: FloatArray = frames.mean(axis=1, dtype=np.float32)
+        if not self._separate_channels:
+            frames = frames.mean(axis=1, dtype=np.float32)  # (time,)
         if self._resampler is None:
             if not reader.is_open:
-                return mono
-            self._resampler = _Resampler(reader.sample_rate, self._target_rate)
-        return self._resampler.push(mono, is_last=is_last)
+                return frames
+            n_channels = reader.n_channels if self._separate_channels else 1
+            self._resampler = _Resampler(reader.sample_rate, self._target_rate, n_channels)
+        return self._resampler.push(frames, is_last=is_last)
+
+    def _check_length(self, reader: _Reader, n_new: int) -> None:
+        """Count frames before resampling; refuse those beyond the limit."""
+        self._n_frames += n_new
+        if self._longest_s is None or self._n_frames <= self._longest_s * reader.sample_rate:
+            return
+        raise AudioError(
+            f"the audio is too long: {self._n_frames / reader.sample_rate:.1f} s so far, and the "
+            f"limit is {self._longest_s:g} s; cut the recording, or raise the server's limit"
+        )
 
 
 def decode_blocks(
-    pieces: Iterable[bytes], audio_format: AudioFormat, *, target_rate: int
+    pieces: Iterable[bytes],
+    audio_format: AudioFormat,
+    *,
+    target_rate: int,
+    separate_channels: bool = False,
+    longest_s: float | None = None,
 ) -> Iterator[FloatArray]:
-    """Decode a recording block by block: mono samples, float32 (time,), at `target_rate`.
+    """Decode a recording block by block; see `AudioStream` for the arguments.
+
+    Yields:
+        Samples at `target_rate`, at least one in each block: mono, float32, (time,), or
+        (time, channel) where channels are separate.
 
     Raises:
-        AudioError: the bytes are no audio, broken, or hold no sample.
+        AudioError: the bytes are no audio, broken, hold no sample, or more than the limit.
         RequestError: they contradict what the sender said of them.
     """
-    stream = AudioStream(audio_format, target_rate=target_rate)
-    for piece in pieces:
-        yield stream.push(piece)
-    yield from stream.drain()
+    stream = AudioStream(
+        audio_format,
+        target_rate=target_rate,
+        separate_channels=separate_channels,
+        longest_s=longest_s,
+    )
+    pushed = (
+        stream.push(piece[start : start + _PIECE_BYTES])  # samples take more memory than bytes
+        for piece in pieces
+        for start in range(0, len(piece), _PIECE_BYTES)
+    )
+    yield from (block for block in chain(pushed, stream.drain()) if len(block) > 0)
     if stream.n_bytes == 0:
         raise AudioError("the audio is empty: no bytes at all; expected a recording")
+
+
+def duration_hint_s(data: bytes, audio_format: AudioFormat) -> float | None:
+    """How long a recording says it is, seconds, without decoding it; None where it does not say.
+
+    Of raw samples it is exact; of compressed ones it is the word of their header.
+
+    Args:
+        data: the complete recording.
+        audio_format: what the sender says of it.
+    """
+    try:
+        reader = _open_reader(data, audio_format, is_complete=True)
+        return reader.duration_hint_s(data) if reader is not None else None
+    except (InputError, soundfile.LibsndfileError):
+        return None  # decoding it will say what is wrong
 
 
 class Stopwatch:
@@ -205,7 +290,7 @@ def resample(waveform: FloatArray, source_rate: int, target_rate: int) -> FloatA
         source_rate: Hz.
         target_rate: Hz.
     """
-    return _Resampler(source_rate, target_rate).push(waveform, is_last=True)
+    return _Resampler(source_rate, target_rate, 1).push(waveform, is_last=True)
 
 
 class _Reader(Protocol):
@@ -213,12 +298,17 @@ class _Reader(Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether the sample rate is known."""
+        """Whether the sample rate and the channels are known."""
         ...
 
     @property
     def sample_rate(self) -> int:
         """Hz."""
+        ...
+
+    @property
+    def n_channels(self) -> int:
+        """Channels of each frame."""
         ...
 
     def push(self, data: bytes) -> FloatArray:
@@ -227,6 +317,10 @@ class _Reader(Protocol):
 
     def finish(self) -> Iterator[FloatArray]:
         """Return what is left, block by block."""
+        ...
+
+    def duration_hint_s(self, data: bytes) -> float | None:
+        """Seconds of a whole recording of which nothing was pushed; None if it does not say."""
         ...
 
 
@@ -240,7 +334,7 @@ class _PcmReader:
     ) -> None:
         _check_layout(sample_rate, n_channels)
         self.sample_rate = sample_rate
-        self._n_channels = n_channels
+        self.n_channels = n_channels
         self._sample_format = sample_format
         self._frame_bytes = n_channels * _SAMPLE_BYTES[sample_format]
         self._left = n_bytes
@@ -254,7 +348,7 @@ class _PcmReader:
         whole = len(data) - len(data) % self._frame_bytes
         self._rest = data[whole:]
         samples = _to_float(data[:whole], self._sample_format)
-        return samples.reshape(-1, self._n_channels)
+        return samples.reshape(-1, self.n_channels)
 
     def finish(self) -> Iterator[FloatArray]:
         if self._left:
@@ -263,9 +357,17 @@ class _PcmReader:
             logger.warning("the audio ends inside a sample: %d bytes left out", len(self._rest))
         return iter(())
 
+    def duration_hint_s(self, data: bytes) -> float | None:
+        return self.duration_s(len(data))
+
+    def duration_s(self, n_bytes: int) -> float:
+        """Seconds of that many bytes, as far as they hold samples."""
+        n_bytes = n_bytes if self._left is None else min(n_bytes, self._left)
+        return n_bytes // self._frame_bytes / self.sample_rate
+
 
 class _WavReader:
-    """Skips the header of a PCM WAV, then reads its samples as they arrive."""
+    """Skips the header of a WAV of PCM or G.711, then reads its samples as they arrive."""
 
     def __init__(self, header: _WavHeader) -> None:
         self._pcm = _PcmReader(
@@ -277,6 +379,7 @@ class _WavReader:
         self._to_skip = header.data_start
         self.is_open = True
         self.sample_rate = header.sample_rate
+        self.n_channels = header.n_channels
 
     def push(self, data: bytes) -> FloatArray:
         skipped = min(self._to_skip, len(data))
@@ -286,16 +389,21 @@ class _WavReader:
     def finish(self) -> Iterator[FloatArray]:
         return self._pcm.finish()
 
+    def duration_hint_s(self, data: bytes) -> float | None:
+        return self._pcm.duration_s(len(data) - self._to_skip)
+
 
 class _ContainerReader:
     """Collects a compressed file and lets libsndfile decode it once it is complete."""
 
-    def __init__(self, name: str, audio_format: AudioFormat) -> None:
-        self._name = name
+    def __init__(self, encoding: Encoding, audio_format: AudioFormat) -> None:
+        self._encoding = encoding
+        self._name = encoding.value
         self._format = audio_format
         self._data = io.BytesIO()
         self.is_open = False
         self.sample_rate = 0
+        self.n_channels = 1
 
     def push(self, data: bytes) -> FloatArray:
         self._data.write(data)
@@ -307,12 +415,13 @@ class _ContainerReader:
             with soundfile.SoundFile(self._data) as file:
                 _check_layout(file.samplerate, file.channels)
                 _check_claims(self._format, self._name, file.samplerate, file.channels)
-                self.sample_rate = file.samplerate
+                self.sample_rate, self.n_channels = file.samplerate, file.channels
                 self.is_open = True
+                n_frames = min(_BLOCK_FRAMES, _BLOCK_SAMPLES // file.channels)
                 while True:
-                    block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)
+                    block = file.read(n_frames, dtype="float32", always_2d=True)
                     yield block
-                    if len(block) < _BLOCK_FRAMES:  # not file.blocks(): it trusts the header
+                    if len(block) < n_frames:  # not file.blocks(): it trusts the header
                         break
         except soundfile.LibsndfileError as error:
             raise AudioError(
@@ -320,13 +429,31 @@ class _ContainerReader:
                 "it may be cut off or damaged: encode it again"
             ) from error
 
+    def duration_hint_s(self, data: bytes) -> float | None:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            _check_layout(file.samplerate, file.channels)
+            most_frames = _MOST_FRAMES_A_BYTE[self._encoding] * len(data)
+            is_credible = 0 <= file.frames <= most_frames  # it is huge where it is unknown
+            return file.frames / file.samplerate if is_credible else None
+
+
+_MOST_FRAMES_A_BYTE: Final = {
+    Encoding.WAV: 16,  # half a bit a sample, which no encoding of a WAV reaches
+    Encoding.FLAC: 65_535 // 12,  # one frame of silence
+    Encoding.OGG: 8_192 // 2,  # a packet of one byte, which takes another in the page's header
+    Encoding.MP3: 576 // 24,  # 8 kbit/s at 24 kHz
+}
+
 
 class _Resampler:
-    """soxr in its streaming form, or nothing where the rates agree."""
+    """soxr in its streaming form, or nothing where the rates agree.
 
-    def __init__(self, source_rate: int, target_rate: int) -> None:
+    Takes and gives (time,) samples, or (time, channel) ones of any number of channels.
+    """
+
+    def __init__(self, source_rate: int, target_rate: int, n_channels: int) -> None:
         self._stream = (
-            soxr.ResampleStream(source_rate, target_rate, 1, dtype="float32", quality="HQ")
+            soxr.ResampleStream(source_rate, target_rate, n_channels, dtype="float32", quality="HQ")
             if source_rate != target_rate
             else None
         )
@@ -350,8 +477,15 @@ class _WavHeader:
     """Length of the samples; None where the header leaves it open (a stream)."""
 
 
-_SAMPLE_BYTES: Final = {"u1": 1, "<i2": 2, "<i3": 3, "<i4": 4, "<f4": 4, "<f8": 8}
-_WAV_PCM, _WAV_FLOAT, _WAV_EXTENSIBLE = 1, 3, 0xFFFE
+_SAMPLE_BYTES: Final = {
+    "u1": 1, "mulaw": 1, "alaw": 1, "<i2": 2, "<i3": 3, "<i4": 4, "<f4": 4, "<f8": 8,
+}  # fmt: skip
+_HEADERLESS: Final = {
+    Encoding.LINEAR16: "<i2",
+    Encoding.MULAW: "mulaw",
+    Encoding.ALAW: "alaw",
+}
+_WAV_PCM, _WAV_FLOAT, _WAV_ALAW, _WAV_MULAW, _WAV_EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 _WAV_FORMATS: Final = {
     (_WAV_PCM, 8): "u1",
     (_WAV_PCM, 16): "<i2",
@@ -359,11 +493,33 @@ _WAV_FORMATS: Final = {
     (_WAV_PCM, 32): "<i4",
     (_WAV_FLOAT, 32): "<f4",
     (_WAV_FLOAT, 64): "<f8",
+    (_WAV_ALAW, 8): "alaw",
+    (_WAV_MULAW, 8): "mulaw",
 }
 _OPEN_LENGTHS: Final = (0, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
+def _mulaw_values() -> FloatArray:
+    """The sample of each byte, float32, (256,): ITU-T G.711, table 2."""
+    code = np.arange(256) ^ 0xFF  # bits are sent inverted
+    magnitude = ((2 * (code & 15) + 33) << (code >> 4 & 7)) - 33
+    return (np.where(code & 0x80, -magnitude, magnitude) / 2**13).astype(np.float32)
+
+
+def _alaw_values() -> FloatArray:
+    """The sample of each byte, float32, (256,): ITU-T G.711, table 1."""
+    code = np.arange(256) ^ 0x55  # every second bit is sent inverted
+    segment = code >> 4 & 7
+    magnitude = (2 * (code & 15) + np.where(segment, 33, 1)) << np.maximum(segment - 1, 0)
+    return (np.where(code & 0x80, magnitude, -magnitude) / 2**12).astype(np.float32)
+
+
+_G711_VALUES: Final = {"mulaw": _mulaw_values(), "alaw": _alaw_values()}
+
+
 def _to_float(data: bytes, sample_format: str) -> FloatArray:
+    if sample_format in _G711_VALUES:
+        return _G711_VALUES[sample_format][np.frombuffer(data, np.uint8)]
     if sample_format == "u1":
         return (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
     if sample_format == "<i3":
@@ -386,26 +542,30 @@ def _open_reader(head: bytes, said: AudioFormat, *, is_complete: bool) -> _Reade
     if found is _UNDECIDED:
         return None
     if found == Encoding.WAV:
-        if said.encoding not in (None, Encoding.WAV, Encoding.LINEAR16):
+        if said.encoding not in (None, Encoding.WAV, *_HEADERLESS):
             raise _contradiction(said.encoding, "WAV")
         header = _parse_wav_header(head, is_complete=is_complete)
         if header is _UNDECIDED:
             return None
+        if said.encoding in (Encoding.MULAW, Encoding.ALAW) and (
+            header is None or header.sample_format != _HEADERLESS[said.encoding]
+        ):
+            raise _contradiction(said.encoding, f"a WAV that is not {said.encoding.value}")
         if header is None:
-            return _ContainerReader("WAV", said)
+            return _ContainerReader(Encoding.WAV, said)
         _check_claims(said, "WAV", header.sample_rate, header.n_channels)
         return _WavReader(header)
     if isinstance(found, Encoding):
         if said.encoding not in (None, found):
             raise _contradiction(said.encoding, found.value)
-        return _ContainerReader(found.value, said)
+        return _ContainerReader(found, said)
     return _open_headerless(head, said, is_complete=is_complete)
 
 
 def _open_headerless(head: bytes, said: AudioFormat, *, is_complete: bool) -> _Reader | None:
     if not head:
         return None
-    if said.encoding is not None and said.encoding != Encoding.LINEAR16:
+    if said.encoding is not None and said.encoding not in _HEADERLESS:
         raise AudioError(
             f"the audio was said to be {said.encoding.value} but begins with {head[:12]!r}, "
             "which is no such header; send the file's bytes from its start, or correct the encoding"
@@ -424,10 +584,12 @@ def _open_headerless(head: bytes, said: AudioFormat, *, is_complete: bool) -> _R
             f"the data begins with {head[:12]!r}, which is no header of a WAV, FLAC, Ogg or mp3 "
             "file; convert the recording to one of these"
         )
+    sample_format = _HEADERLESS[said.encoding or Encoding.LINEAR16]
+    default_rate = TELEPHONE_RATE if sample_format in _G711_VALUES else DEFAULT_SAMPLE_RATE
     return _PcmReader(
-        sample_rate=said.sample_rate or DEFAULT_SAMPLE_RATE,
+        sample_rate=said.sample_rate or default_rate,
         n_channels=said.n_channels or 1,
-        sample_format="<i2",
+        sample_format=sample_format,
     )
 
 

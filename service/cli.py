@@ -39,6 +39,12 @@ app = typer.Typer(
 )
 lm_app = typer.Typer(no_args_is_help=True, help="Language models.")
 app.add_typer(lm_app, name="lm")
+bench_app = typer.Typer(no_args_is_help=True, help="Measurements.")
+app.add_typer(bench_app, name="bench")
+models_app = typer.Typer(no_args_is_help=True, help="Models of a running server.")
+app.add_typer(models_app, name="models")
+keys_app = typer.Typer(no_args_is_help=True, help="Keys of a server's clients.")
+app.add_typer(keys_app, name="keys")
 
 _stderr = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
@@ -71,6 +77,27 @@ class ProviderChoice(str, Enum):
     cuda = "cuda"
 
 
+class ApiChoice(str, Enum):
+    """How audio is sent to a server."""
+
+    streaming = "streaming"
+    offline = "offline"
+
+
+class UnsupportedChoice(str, Enum):
+    """What is said to requests for what no model here can do."""
+
+    reject = "reject"
+    warn = "warn"
+
+
+class LogFormatChoice(str, Enum):
+    """How the log is written."""
+
+    text = "text"
+    json = "json"
+
+
 BundleOption = Annotated[
     Path | None,
     typer.Option(
@@ -91,6 +118,10 @@ BoostWeightOption = Annotated[
     typer.Option("--boost-weight", help="What a phrase adds to the log score; negative avoids it."),
 ]
 AddressOption = Annotated[str, typer.Option("--address", metavar="H:P", help="The server.")]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option("--api-key", envvar="VOXGATE_API_KEY", help="Where the server wants one."),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, metavar="N", help="Threads; default all usable processors."),
@@ -228,9 +259,20 @@ def evaluate(
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0913  # every option is an argument
     *,
-    bundle: BundleOption = None,
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--bundle",
+            metavar="DIR",
+            help="Model folder; may be given several times, the first is the default.",
+        ),
+    ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option("--models", metavar="DIR", help="Folder of model folders; watched."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="TCP port; 0 takes a free one.")
@@ -238,36 +280,114 @@ def serve(
     provider: Annotated[ProviderChoice, typer.Option("--provider")] = ProviderChoice.cpu,
     decoder: DecoderOption = DecoderChoice.beam,
     threads: ThreadsOption = None,
+    max_streams: Annotated[
+        int, typer.Option("--max-streams", min=1, help="Streams that are open at a time.")
+    ] = 200,
+    streams_per_client: Annotated[
+        int | None, typer.Option("--streams-per-client", min=1, help="Of one API key.")
+    ] = None,
+    max_recordings: Annotated[
+        int, typer.Option("--max-recordings", min=1, help="Recordings taken at a time.")
+    ] = 64,
+    max_queued_audio: Annotated[
+        float, typer.Option("--max-queued-audio", help="Seconds of audio in them.")
+    ] = 3600.0,
+    longest_recording: Annotated[
+        float, typer.Option("--longest-recording", help="Seconds of audio in one of them.")
+    ] = 10_800.0,
+    idle_timeout: Annotated[
+        float, typer.Option("--idle-timeout", help="Seconds after which a silent stream is ended.")
+    ] = 30.0,
+    batch_windows: Annotated[
+        int | None, typer.Option("--batch-windows", min=1, help="Most windows of streams at once.")
+    ] = None,
+    batch_utterances: Annotated[
+        int | None, typer.Option("--batch-utterances", min=1, help="Most utterances at once.")
+    ] = None,
+    batch_wait_ms: Annotated[
+        float, typer.Option("--batch-wait-ms", min=0, help="Longest wait for a batch to fill.")
+    ] = 5.0,
+    unsupported: Annotated[
+        UnsupportedChoice,
+        typer.Option("--unsupported", help="What to do when asked for what no model here does."),
+    ] = UnsupportedChoice.reject,
+    tls_cert: Annotated[
+        Path | None, typer.Option("--tls-cert", metavar="PEM", help="The server's certificate.")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option("--tls-key", metavar="PEM", help="Its private key.")
+    ] = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option("--tls-client-ca", metavar="PEM", help="Demand certificates signed by it."),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option("--keys", metavar="FILE", help="API keys; see `voxgate keys add`."),
+    ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option("--metrics-port", min=0, max=65535, help="Prometheus figures over HTTP."),
+    ] = None,
+    max_message_mib: Annotated[
+        int, typer.Option("--max-message-mib", min=1, max=2047, help="Largest message.")
+    ] = 64,
+    max_connection_age: Annotated[
+        float | None,
+        typer.Option("--max-connection-age", help="Seconds after which clients connect anew."),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option("--grace", min=0, help="Seconds that calls have to end at a stop.")
+    ] = 10.0,
+    log_format: Annotated[LogFormatChoice, typer.Option("--log-format")] = LogFormatChoice.text,
 ) -> None:
-    """Serve voxgate.v1 over gRPC."""
-    from service.recogniser import load_recogniser  # noqa: PLC0415
+    """Serve voxgate.v1, Riva's and Google's APIs over gRPC, on one port."""
+    from service.admission import Limits  # noqa: PLC0415
+    from service.observe import log_as_json  # noqa: PLC0415
+    from service.scheduler import default_batches  # noqa: PLC0415
+    from service.server import MIB, ServerSettings, TlsFiles  # noqa: PLC0415
     from service.server import serve as run  # noqa: PLC0415
 
-    folder = find_bundle(bundle)
+    if log_format is LogFormatChoice.json:
+        log_as_json()
+    if (tls_cert is None) != (tls_key is None) or (tls_client_ca and not tls_cert):
+        _fail("--tls-cert and --tls-key belong together, --tls-client-ca needs both", status=2)
+    folders = bundle or ([] if models else [find_bundle(None)])
     n_threads = threads or count_usable_processors()
-    logger.info("loading %s", folder)
-    is_reference = decoder is DecoderChoice.reference
-    recogniser = load_recogniser(
-        folder,
+    logger.info("loading %s", ", ".join(map(str, [*folders, *([models] if models else [])])))
+    settings = ServerSettings(
+        folders=[find_bundle(folder) for folder in folders],
+        watched=models,
+        host=host,
+        port=port,
         provider=provider.value,
-        decoders=("greedy", "beam", "reference") if is_reference else None,
-    )
-    asyncio.run(
-        run(
-            recogniser,
-            host=host,
-            port=port,
+        n_threads=n_threads,
+        default_decoder=decoder.value,
+        decoders=("greedy", "beam", "reference") if decoder is DecoderChoice.reference else None,
+        batches=default_batches(
+            provider.value,
             n_threads=n_threads,
-            default_decoder=decoder.value,
-            on_listening=lambda address: logger.info(
-                "listening on %s: %s, %s, %d thread(s)",
-                address,
-                recogniser.name,
-                provider.value,
-                n_threads,
-            ),
-        )
+            most_windows=batch_windows,
+            most_utterances=batch_utterances,
+            longest_wait_s=batch_wait_ms / 1000,
+        ),
+        limits=Limits(
+            streams=max_streams,
+            streams_per_client=streams_per_client,
+            recordings=max_recordings,
+            queued_audio_s=max_queued_audio,
+            longest_recording_s=longest_recording,
+            idle_s=idle_timeout,
+        ),
+        unsupported=unsupported.value,
+        tls=TlsFiles(tls_cert, tls_key, tls_client_ca) if tls_cert and tls_key else None,
+        keys=keys,
+        metrics_port=metrics_port,
+        longest_message_bytes=max_message_mib * MIB,
+        longest_connection_s=max_connection_age,
+        grace_s=grace,
     )
+    asyncio.run(run(settings, on_listening=lambda said: logger.info("listening on %s", said)))
 
 
 @app.command()
@@ -489,6 +609,141 @@ def lm_compile(
 
     compile_arpa(source, quantise=quantise).save(target)
     _stderr.print(f"wrote {target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+@models_app.command("list")
+def models_list(
+    *, address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}", api_key: ApiKeyOption = None
+) -> None:
+    """List the models that a server has loaded."""
+    from service.client import list_models  # noqa: PLC0415
+
+    for model in list_models(address, api_key=api_key):
+        profiles = ", ".join(
+            f"{profile.name} ({profile.latency.ToMilliseconds()} ms)" for profile in model.profiles
+        )
+        sys.stdout.write(f"{model.name}\t{model.language_code}\t{profiles}\n")
+
+
+@models_app.command("reload")
+def models_reload(
+    *, address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}", api_key: ApiKeyOption = None
+) -> None:
+    """Make a server load bundles that are new or changed; open streams end on the old ones."""
+    from service.client import reload_models  # noqa: PLC0415
+
+    changes = reload_models(address, api_key=api_key)
+    sys.stdout.write("".join(f"{line}\n" for line in changes) or "nothing has changed\n")
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The client; letters, digits, .-_")],
+    *,
+    file: Annotated[Path, typer.Option("--file", metavar="FILE", help="The server's key file.")],
+    admin: Annotated[bool, typer.Option("--admin", help="Let it manage the server.")] = False,
+) -> None:
+    """Make a key for a client of the server; the file gets its hash alone."""
+    from service.security import add_key  # noqa: PLC0415
+
+    sys.stdout.write(f"{add_key(file, name, is_admin=admin)}\n")
+    _stderr.print(f"added {name} to {file}; the key is shown this once and kept nowhere")
+
+
+@bench_app.command("serve")
+def bench_serve(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.jsonl", help="What is said.")],
+    *,
+    bundle: BundleOption = None,
+    address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
+    api: Annotated[
+        ApiChoice, typer.Option("--api", help="Streams, or whole recordings one after another.")
+    ] = ApiChoice.streaming,
+    streams: Annotated[
+        int, typer.Option("--streams", min=1, metavar="N", help="At the same time.")
+    ] = 8,
+    realtime: Annotated[
+        bool, typer.Option("--realtime/--no-realtime", help="Send no faster than speech.")
+    ] = True,
+    find_capacity: Annotated[
+        bool, typer.Option("--find-capacity", help="Try N streams and more, until results are late")
+    ] = False,
+    bound_ms: Annotated[
+        float, typer.Option("--bound-ms", help="How late 95 % of final results may be.")
+    ] = 300.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", min=1, help="Time measured; 60, or 20 for each of many trials."),
+    ] = None,
+    decoder: DecoderOption = DecoderChoice.beam,
+    profile: Annotated[str, typer.Option("--profile", metavar="NAME")] = "balanced",
+    api_key: Annotated[str, typer.Option("--api-key", metavar="KEY")] = "",
+    clients: Annotated[
+        int, typer.Option("--clients", min=1, metavar="P", help="Processes that send.")
+    ] = 1,
+    server_pid: Annotated[
+        int | None, typer.Option("--server-pid", metavar="PID", help="Also measure its load.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
+    ] = None,
+) -> None:
+    """Measure how many streams a server carries, and how late its results are."""
+    from service import load_test  # noqa: PLC0415
+    from service.manifest import read_manifest  # noqa: PLC0415
+
+    is_paced = realtime and api is ApiChoice.streaming
+    if find_capacity and not is_paced:
+        _fail("--find-capacity needs streams at the pace of speech", status=2)
+    utterances = read_manifest(manifest)
+    target = load_test.Target(address, api_key, decoder.value, profile, clients, server_pid)
+    recogniser = _load(bundle, n_threads=1, decoder=decoder) if is_paced else None
+    figures: load_test.Report | load_test.Capacity
+    with _progress_bar() as progress:
+        task = progress.add_task("starting", total=None)
+
+        def show(what: str, done: float, total: float) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+
+        if recogniser is None:
+            figures = load_test.measure_throughput(
+                target,
+                utterances,
+                pace="offline" if api is ApiChoice.offline else "fast",
+                n_streams=streams,
+                seconds=seconds or 60.0,
+                on_progress=show,
+            )
+        elif find_capacity:
+            figures = load_test.search_capacity(
+                target,
+                recogniser,
+                utterances,
+                first=streams,
+                bound_ms=bound_ms,
+                seconds=seconds or 20.0,
+                on_trial=lambda trial: progress.console.print(
+                    load_test.describe_trial(trial, bound_ms)
+                ),
+                on_progress=show,
+            )
+        else:
+            figures = load_test.measure_streams(
+                target,
+                recogniser,
+                utterances,
+                n_streams=streams,
+                seconds=seconds or 60.0,
+                on_progress=show,
+            )
+    if recogniser is not None:
+        latency = recogniser.profiles.get(profile) and f"{recogniser.latency_s(profile):.3f} s"
+        sys.stdout.write(f"{recogniser.name}, {profile}: look-ahead {latency or 'none'}\n")
+    load_test.print_figures(figures, Console(highlight=False, soft_wrap=True))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures.as_json(), indent=2) + "\n", encoding="utf-8")
+    if figures.n_failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import grpc
 import soundfile
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from service.errors import AudioError, ServerError
@@ -19,6 +20,7 @@ from service.pb.voxgate.v1 import speech_pb2_grpc
 PIECE_S: Final = 0.1
 _PIECE_BYTES: Final = 3_200
 _CONNECT_S: Final = 10.0
+_LOAD_S: Final = 120.0
 
 
 def stream_recognise(
@@ -54,6 +56,34 @@ def stream_responses(
         )
         try:
             yield from responses
+        except grpc.RpcError as error:
+            raise ServerError(f"{error.code().name}: {error.details()}") from error
+
+
+def list_models(address: str, *, api_key: str | None = None) -> list[pb.Model]:
+    """The models of the server at `host:port`.
+
+    Raises:
+        ServerError: it cannot be reached or refuses.
+    """
+    return list(_call(address, api_key, "ListModels", pb.ListModelsRequest()).models)
+
+
+def reload_models(address: str, *, api_key: str | None = None) -> list[str]:
+    """Make the server at `host:port` reload its models; sentences that say what it did.
+
+    Raises:
+        ServerError: it cannot be reached or refuses.
+    """
+    return list(_call(address, api_key, "ReloadModels", pb.ReloadModelsRequest()).changes)
+
+
+def _call(address: str, api_key: str | None, method: str, request: Message) -> Any:  # noqa: ANN401
+    metadata = (("x-api-key", api_key),) if api_key else ()
+    with grpc.insecure_channel(address) as channel:
+        call = getattr(speech_pb2_grpc.SpeechStub(channel), method)
+        try:
+            return call(request, metadata=metadata, timeout=_LOAD_S)
         except grpc.RpcError as error:
             raise ServerError(f"{error.code().name}: {error.details()}") from error
 

@@ -8,6 +8,10 @@
     ├── BundleError           a model folder that is missing, altered or does not fit
     ├── ProviderError         the execution provider that was asked for is not there
     ├── ServerError           the server cannot start, or does not answer
+    ├── OverloadError         the server has no room for more work
+    ├── IdleError             a stream that sends nothing
+    ├── NotFoundError         an operation that is not there
+    ├── PermissionDeniedError a request that its sender may not make
     ├── MissingExtraError     a command whose optional packages are not installed
     ├── TrainingError         settings or data that cannot be trained on
     └── ExportError           a checkpoint that cannot become a bundle
@@ -48,6 +52,27 @@ class ProviderError(VoxgateError):
 
 class ServerError(VoxgateError):
     """The server cannot start, or does not answer."""
+
+
+class OverloadError(VoxgateError):
+    """The server has no room for more work."""
+
+    def __init__(self, message: str, retry_s: float) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+        """When it is worth trying again, seconds from now."""
+
+
+class IdleError(VoxgateError):
+    """A stream that sends nothing."""
+
+
+class NotFoundError(VoxgateError):
+    """An operation that is not there."""
+
+
+class PermissionDeniedError(VoxgateError):
+    """A request that its sender may not make."""
 
 
 class MissingExtraError(VoxgateError):

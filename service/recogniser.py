@@ -1,7 +1,7 @@
 """The recogniser: features in, segments of text with times out.
 
 Files and streams meet here. A recording of at most a minute is recognised whole; a longer one is
-cut into utterances by the endpointing that streams have, and the utterances run as batches.
+cut into utterances by the endpointing that streams have.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ DecoderName = Literal["greedy", "beam", "beam-characters", "beam-phones", "refer
 
 LONGEST_WHOLE_S: Final = 60.0
 """A longer recording is cut into utterances."""
-_BATCH_UTTERANCES: Final = 8
+_UTTERANCES_ON_GPU: Final = 16
 _PIECE_SAMPLES: Final = 160_000  # the front end works in float64: large blocks would cost memory
 _WARM_UP_S: Final = 1.0
 _SILENCE_LOG_ENERGY: Final = -12.0  # below the loudest band of white noise at -90 dBFS
@@ -139,6 +139,9 @@ class Recogniser:
     decoders: Mapping[DecoderName, Decoder]
     phone_decoders: frozenset[DecoderName]
     """The decoders that search the phones."""
+    utterances_at_once: int = 1
+    """Of a long recording, given to the engine together. A processor gains nothing from more, and
+    then no utterance's text depends on another's."""
     timings: Timings = field(default_factory=Timings)
 
     @property
@@ -252,7 +255,7 @@ class Recogniser:
 
         first_frame = 0
         utterances = self._utterances(count(chain([whole], frames)))
-        for batch in _batches(utterances, _BATCH_UTTERANCES):
+        for batch in _batches(utterances, self.utterances_at_once):
             emissions = self.emissions([utterance.features for utterance in batch])
             for utterance, emission in zip(batch, emissions, strict=True):
                 yield self.segment(
@@ -505,6 +508,7 @@ def load_recogniser(
         profiles=config.profiles,
         survival=config.survival,
         decoders=make_decoders(bundle, decoders),
+        utterances_at_once=1 if provider == "cpu" else _UTTERANCES_ON_GPU,
         phone_decoders=frozenset(
             name for name in decoders if _search_tokens(name, bundle) == "phones"
         ),

@@ -3,7 +3,7 @@
 The first pass reads the audio window by window as it arrives; a search that goes on with it gives
 the interim results. Where an utterance ends, the second pass reads it again with full context, and
 its decoding is the final result; a request can do without it. Events and final results depend on
-the audio alone, however its bytes were cut.
+the audio alone, however its bytes were cut. Channels are averaged, or each is a stream of its own.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from typing import Final
 
-from service.audio import AudioFormat, AudioStream
+import numpy as np
+
+from service.audio import AudioStream
 from service.bundle import DEFAULT_PROFILE, Survival
 from service.decoding.greedy import GreedyDecoder
-from service.decoding.hypothesis import Phrase, Search, Word
-from service.endpointing import EndpointSettings
+from service.decoding.hypothesis import Search, Word
 from service.errors import RequestError
 from service.features import FeatureStream
 from service.recogniser import (
@@ -28,6 +30,7 @@ from service.recogniser import (
     Recogniser,
     Segment,
 )
+from service.request import StreamRequest
 from service.segmenter import Event, SpeechBegan, Utterance, UtteranceEnded
 from service.stability import SETTLING_PROBABILITY, survival_probability
 
@@ -54,6 +57,7 @@ class SpeechEvent(Enum):
     SPEECH_BEGAN = "speech began"
     SPEECH_ENDED = "speech ended"
     END_OF_SINGLE_UTTERANCE = "end of single utterance"
+    TIMEOUT = "nobody spoke for too long"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Update:
     event: SpeechEvent | None = None
     time_s: float = 0.0
     """When the event happened, seconds from the start of the stream."""
+    channel: int = 0
+    """From 1 where channels are recognised separately, else 0."""
 
 
 @dataclass(frozen=True)
@@ -84,74 +90,42 @@ class Session:
     def __init__(
         self,
         recogniser: Recogniser,
-        audio_format: AudioFormat,
+        request: StreamRequest,
         *,
         decoder: DecoderName,
-        n_best: int = 1,
-        phrases: Sequence[Phrase] = (),
-        interim_results: bool = False,
-        profile: str = DEFAULT_PROFILE,
-        second_pass: bool = True,
-        endpointing: EndpointSettings = EndpointSettings(),  # noqa: B008  # it is frozen
-        single_utterance: bool = False,
-        speech_events: bool = False,
+        longest_s: float | None = None,
     ) -> None:
         """Open a stream.
 
         Args:
             recogniser: the loaded model.
-            audio_format: what the sender says about its bytes.
+            request: what is wanted.
             decoder: how final results are searched.
-            n_best: alternatives wanted in a final result.
-            phrases: what is expected or unwanted.
-            interim_results: whether results that may still change are wanted.
-            profile: one of the model's, or `offline`, which gives final results only.
-            second_pass: whether an utterance is read again with full context when it ends.
-            endpointing: when utterances begin and end.
-            single_utterance: whether the stream ends with its first utterance.
-            speech_events: whether the beginning and end of speech are told.
+            longest_s: the most seconds of audio that may be in it; None allows any.
 
         Raises:
             InputError: there is no such profile or decoder, the profile needs what was declined,
                 or a phrase cannot be used.
         """
-        is_offline = profile == OFFLINE_PROFILE
-        if is_offline and not second_pass:
-            raise RequestError(
-                "the profile offline is the second pass; ask for another profile to do without it"
-            )
-        if not is_offline and profile not in recogniser.profiles:
-            raise RequestError(
-                f"there is no profile {profile!r}; this model has "
-                f"{', '.join([*recogniser.profiles, OFFLINE_PROFILE])}"
-            )
-        self._recogniser = recogniser
-        self._decoder: DecoderName = decoder
-        self._columns = recogniser.columns(decoder)
-        self._phrases = tuple(phrases)
-        recogniser.decoder(decoder).open(phrases=phrases)  # refuses what cannot be used
-        self._search: Search | None = None
-        self._search_start: int | None = None  # output frame at which the search began
-        self._n_searched = 0
-        self._n_best = n_best
-        self._interim_results = interim_results and not is_offline
-        self._second_pass = second_pass
-        self._single_utterance = single_utterance
-        self._speech_events = speech_events
-        self._audio = AudioStream(audio_format, target_rate=recogniser.sample_rate)
-        self._features = FeatureStream(recogniser.features)
-        self._segmenter = recogniser.open_segmenter(
-            DEFAULT_PROFILE if is_offline else profile, endpointing
+        self._open_channel = partial(_Channel, recogniser, request, decoder=decoder)
+        self._separates = request.separates_channels
+        self._audio = AudioStream(
+            request.audio,
+            target_rate=recogniser.sample_rate,
+            separate_channels=self._separates,
+            longest_s=longest_s,
         )
-        self._survival = recogniser.survival.get(
-            _kind_of(decoder, second_pass=second_pass), Survival()
-        )
-        self._greedy = GreedyDecoder(recogniser.tokens)
-        self._committed: list[Word] = []
-        self._stability = 1.0  # of the committed words
-        self._has_final = False
-        self.is_done = False
-        """Whether the single utterance that was wanted has ended; what follows is ignored."""
+        self._channels = [self._open_channel()]  # refuses what cannot be served
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the stream is over, whatever follows: see `StreamRequest.single_utterance`."""
+        return all(channel.is_done for channel in self._channels)
+
+    @property
+    def audio_s(self) -> float:
+        """Seconds of audio read so far."""
+        return self._channels[0].audio_s
 
     def push(self, data: bytes) -> list[Update]:
         """Take the next audio bytes; return what they settle, and at most one interim update.
@@ -163,7 +137,7 @@ class Session:
 
     def end_utterance(self) -> list[Update]:
         """End the running utterance here, whatever the endpointing thinks."""
-        return [] if self.is_done else self._handle(self._segmenter.end_utterance())
+        return self._tag(channel.end_utterance() for channel in self._channels)
 
     def finish(self) -> Iterator[Update]:
         """Say that the audio is complete; yield the last results as they are found.
@@ -177,11 +151,99 @@ class Session:
             yield from self._advance(block)
             if self.is_done:
                 return
-        if self._audio.n_bytes > 0 and not self.is_done:
-            yield from self._handle(self._segmenter.finish(), must_answer=not self._has_final)
+        if self._audio.n_bytes > 0:
+            yield from self._tag(channel.finish() for channel in self._channels)
 
-    def _advance(self, waveform: FloatArray) -> list[Update]:
-        return self._handle(self._segmenter.push(self._features.push(waveform)))
+    def _advance(self, block: FloatArray) -> list[Update]:
+        if not self._separates:
+            return self._channels[0].push(block)
+        while len(self._channels) < block.shape[1]:
+            self._channels.append(self._open_channel())
+        return self._tag(
+            channel.push(np.ascontiguousarray(column))
+            for channel, column in zip(self._channels, block.T, strict=False)
+        )
+
+    def _tag(self, updates: Iterable[list[Update]]) -> list[Update]:
+        """What the channels say, each with its number."""
+        return [
+            replace(update, channel=number) if self._separates else update
+            for number, said in enumerate(updates, start=1)
+            for update in said
+        ]
+
+
+class _Channel:
+    """One channel of a stream, or the average of all."""
+
+    def __init__(
+        self, recogniser: Recogniser, request: StreamRequest, *, decoder: DecoderName
+    ) -> None:
+        is_offline = request.profile == OFFLINE_PROFILE
+        if is_offline and not request.second_pass:
+            raise RequestError(
+                "the profile offline is the second pass; ask for another profile to do without it"
+            )
+        if not is_offline and request.profile not in recogniser.profiles:
+            raise RequestError(
+                f"there is no profile {request.profile!r}; this model has "
+                f"{', '.join([*recogniser.profiles, OFFLINE_PROFILE])}"
+            )
+        self._recogniser = recogniser
+        self._request = request
+        self._decoder: DecoderName = decoder
+        self._columns = recogniser.columns(decoder)
+        self._phrases = request.phrases
+        recogniser.decoder(decoder).open(phrases=self._phrases)  # refuses what cannot be used
+        self._search: Search | None = None
+        self._search_start: int | None = None  # output frame at which the search began
+        self._n_searched = 0
+        self._interim_results = request.interim_results and not is_offline
+        self._second_pass = request.second_pass
+        self._features = FeatureStream(recogniser.features)
+        self._segmenter = recogniser.open_segmenter(
+            DEFAULT_PROFILE if is_offline else request.profile, request.endpointing
+        )
+        self._survival = recogniser.survival.get(
+            _kind_of(decoder, second_pass=request.second_pass), Survival()
+        )
+        self._greedy = GreedyDecoder(recogniser.tokens)
+        self._committed: list[Word] = []
+        self._stability = 1.0  # of the committed words
+        self._has_final = False
+        self._n_samples = 0
+        self._quiet_since_s: float | None = 0.0  # None while somebody speaks
+        self._quiet_limit_s = request.speech_start_timeout_s
+        self.is_done = False
+
+    @property
+    def audio_s(self) -> float:
+        return self._n_samples / self._recogniser.sample_rate
+
+    def push(self, waveform: FloatArray) -> list[Update]:
+        if self.is_done:
+            return []
+        self._n_samples += len(waveform)
+        updates = self._handle(self._segmenter.push(self._features.push(waveform)))
+        return updates + self._look_for_timeout()
+
+    def end_utterance(self) -> list[Update]:
+        return [] if self.is_done else self._handle(self._segmenter.end_utterance())
+
+    def finish(self) -> list[Update]:
+        if self.is_done:
+            return []
+        return self._handle(self._segmenter.finish(), must_answer=not self._has_final)
+
+    def _look_for_timeout(self) -> list[Update]:
+        """End the stream where nobody has spoken for as long as the request allows."""
+        if self.is_done or self._quiet_since_s is None or self._quiet_limit_s is None:
+            return []
+        end_s = self._quiet_since_s + self._quiet_limit_s
+        if self.audio_s < end_s:
+            return []
+        self.is_done = True
+        return [Update(event=SpeechEvent.TIMEOUT, time_s=end_s)]
 
     def _handle(self, events: Iterable[Event], *, must_answer: bool = False) -> list[Update]:
         """What the events are told as; the last interim reading of several is enough."""
@@ -189,6 +251,7 @@ class Session:
         reading: _Reading | None = None
         for event in events:
             if isinstance(event, SpeechBegan):
+                self._quiet_since_s = None
                 updates += self._tell(SpeechEvent.SPEECH_BEGAN, event.frame)
             elif isinstance(event, UtteranceEnded):
                 updates += self._end(event.utterance, must_answer=must_answer)
@@ -211,9 +274,11 @@ class Session:
         if not self._committed:
             self._stability = 1.0
         if utterance.has_speech:
+            self._quiet_since_s = end_frame * self._recogniser.frame_s
+            self._quiet_limit_s = self._request.speech_end_timeout_s
             updates += self._tell(SpeechEvent.SPEECH_ENDED, end_frame)
         if segment.alternatives[0].words or must_answer:
-            if self._single_utterance:
+            if self._request.single_utterance:
                 self.is_done = True
                 time_s = end_frame * self._recogniser.frame_s
                 updates.append(Update(event=SpeechEvent.END_OF_SINGLE_UTTERANCE, time_s=time_s))
@@ -231,7 +296,7 @@ class Session:
             first_frame=utterance.first_frame,
             earliest_frame=utterance.earliest_frame,
             decoder=self._decoder,
-            n_best=self._n_best,
+            n_best=self._request.n_best,
             phrases=self._phrases,
         )
         if self._second_pass or not self._committed:
@@ -252,7 +317,7 @@ class Session:
         return replace(segment, alternatives=(kept, *segment.alternatives[1:]))
 
     def _tell(self, event: SpeechEvent, frame: int) -> list[Update]:
-        if not self._speech_events:
+        if not self._request.speech_events:
             return []
         return [Update(event=event, time_s=frame * self._recogniser.frame_s)]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import logging
 import struct
+import tracemalloc
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from service.audio import (
     Encoding,
     Stopwatch,
     decode_blocks,
+    duration_hint_s,
     load_audio,
     load_blocks,
     resample,
@@ -30,7 +33,8 @@ FloatArray = npt.NDArray[np.float32]
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RATE = 16_000
-PCM, IEEE_FLOAT, EXTENSIBLE = 1, 3, 0xFFFE
+PCM, IEEE_FLOAT, ALAW, MULAW, EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
+G711 = [(Encoding.MULAW, "ULAW", MULAW), (Encoding.ALAW, "ALAW", ALAW)]
 GUID_TAIL = bytes.fromhex("000000001000800000aa00389b71")
 
 
@@ -104,22 +108,47 @@ def decode(
 
 
 def decode_in_chunks(
-    data: bytes, lengths: Iterator[int] | list[int], audio_format: AudioFormat | None = None
+    data: bytes,
+    lengths: Iterator[int] | list[int],
+    audio_format: AudioFormat | None = None,
+    *,
+    separate_channels: bool = False,
 ) -> FloatArray:
     """Push pieces of these lengths, then what is left."""
-    stream = AudioStream(audio_format or AudioFormat(), target_rate=RATE)
+    stream = AudioStream(
+        audio_format or AudioFormat(), target_rate=RATE, separate_channels=separate_channels
+    )
     blocks = []
     place = 0
     for length in lengths:
         blocks.append(stream.push(data[place : place + length]))
         place += length
-    return np.concatenate([*blocks, stream.push(data[place:]), stream.finish()])
+    blocks += [stream.push(data[place:]), stream.finish()]
+    if separate_channels:
+        assert {block.shape[1] for block in blocks if len(block)} <= {stream.n_channels}
+        blocks = [block for block in blocks if len(block)] or blocks[-1:]
+    return np.concatenate(blocks)
 
 
-def outcome(data: bytes, lengths: list[int]) -> str | list[float]:
+def decode_separately(data: bytes, audio_format: AudioFormat | None = None) -> FloatArray:
+    """All channels of a recording, (time, channel)."""
+    said = audio_format or AudioFormat()
+    blocks = decode_blocks([data], said, target_rate=RATE, separate_channels=True)
+    return np.concatenate(list(blocks))
+
+
+def outcome(
+    data: bytes,
+    lengths: list[int],
+    audio_format: AudioFormat | None = None,
+    *,
+    separate_channels: bool = False,
+) -> str | list[float]:
     """The samples, or the error's class and message."""
     try:
-        waveform = decode_in_chunks(data, lengths)
+        waveform = decode_in_chunks(
+            data, lengths, audio_format, separate_channels=separate_channels
+        )
     except InputError as error:
         return f"{type(error).__name__}: {error}"
     assert np.isfinite(waveform).all()
@@ -684,6 +713,477 @@ def test_decode_refuses_a_compressed_file_truncated_in_its_header(container: str
         decode(data, said)
 
 
+# --- G.711 ---------------------------------------------------------------------------------------
+
+
+def g711(samples: FloatArray, subtype: str) -> bytes:
+    """Headerless bytes as libsndfile writes them."""
+    return encode(samples, container="RAW", subtype=subtype, sample_rate=8_000)
+
+
+def libsndfile_decode_raw(data: bytes, subtype: str, *, n_channels: int = 1) -> FloatArray:
+    samples, _ = soundfile.read(
+        io.BytesIO(data),
+        format="RAW",
+        subtype=subtype,
+        samplerate=8_000,
+        channels=n_channels,
+        dtype="float32",
+        always_2d=True,
+    )
+    return np.asarray(samples, np.float32)
+
+
+@pytest.mark.parametrize(("said", "subtype", "_tag"), G711)
+def test_g711_gives_the_sample_of_every_byte(said: Encoding, subtype: str, _tag: int) -> None:
+    data = bytes(range(256))
+    decoded = decode(data, AudioFormat(said), target_rate=8_000)
+    assert decoded.dtype == np.float32
+    np.testing.assert_array_equal(decoded, libsndfile_decode_raw(data, subtype)[:, 0])
+
+
+@pytest.mark.parametrize(("said", "subtype", "tag"), G711)
+def test_g711_is_speech_with_and_without_header(said: Encoding, subtype: str, tag: int) -> None:
+    samples = speech()
+    data = g711(samples, subtype)
+    assert len(data) == len(samples)
+    decoded = decode(data, AudioFormat(said, RATE))
+    assert correlation(decoded, samples) > 0.99
+    file = encode(samples, container="WAV", subtype=subtype)
+    np.testing.assert_array_equal(decoded, libsndfile_decode(file))
+    np.testing.assert_array_equal(decoded, decode(file))
+    layout = format_chunk(tag=tag, n_bits=8)
+    np.testing.assert_array_equal(decoded, decode(wav(layout, chunk(b"data", data))))
+
+
+@pytest.mark.parametrize(("said", "subtype", "_tag"), G711)
+def test_g711_without_header_is_8_khz_mono_by_default(
+    said: Encoding, subtype: str, _tag: int
+) -> None:
+    data = g711(tone(440, sample_rate=8_000), subtype)
+    decoded = decode(data, AudioFormat(said))
+    assert len(decoded) == RATE
+    expected = tone(440, sample_rate=RATE)
+    np.testing.assert_allclose(decoded[200:-200], expected[200:-200], atol=0.02)
+    assert len(decode(data, AudioFormat(said, RATE))) == 8_000
+    assert len(decode(data, AudioFormat(said, n_channels=2))) == 8_000
+
+
+@pytest.mark.parametrize(("said", "subtype", "_tag"), G711)
+@pytest.mark.parametrize(("sample_rate", "n_channels"), [(8_000, 1), (16_000, 2), (44_100, 3)])
+@pytest.mark.parametrize("separate_channels", [False, True])
+def test_g711_gives_the_same_samples_for_any_chunks(
+    said: Encoding,
+    subtype: str,
+    _tag: int,
+    sample_rate: int,
+    n_channels: int,
+    separate_channels: bool,
+) -> None:
+    audio_format = AudioFormat(said, sample_rate, n_channels)
+    data = g711(noise(2_003, n_channels=n_channels), subtype) + b"\x2a" * (n_channels - 1)
+
+    def decode_pieces(lengths: list[int]) -> FloatArray:
+        return decode_in_chunks(data, lengths, audio_format, separate_channels=separate_channels)
+
+    whole = decode_pieces([])
+    assert abs(len(whole) - 2_003 * RATE / sample_rate) <= 1
+    np.testing.assert_array_equal(decode_pieces([1] * len(data)), whole)
+    for seed, longest in enumerate([5, 333, 2_000]):
+        lengths = random_lengths(len(data), longest=longest, seed=seed)
+        np.testing.assert_array_equal(decode_pieces(lengths), whole)
+
+
+@pytest.mark.parametrize(("said", "subtype", "_tag"), G711)
+def test_g711_drops_the_part_of_a_frame_at_its_end(
+    said: Encoding, subtype: str, _tag: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = g711(noise(100, n_channels=3), subtype)
+    audio_format = AudioFormat(said, RATE, 3)
+    with caplog.at_level(logging.WARNING):
+        decoded = decode(data[:-1], audio_format)
+    np.testing.assert_array_equal(decoded, decode(data, audio_format)[:-1])
+    assert "2 bytes left out" in caplog.text
+
+
+@pytest.mark.parametrize(("named", "subtype", "tag"), G711)
+@pytest.mark.parametrize("said", [None, Encoding.WAV, Encoding.LINEAR16, Encoding.MULAW])
+@pytest.mark.parametrize("is_extensible", [False, True])
+def test_g711_in_a_wav_is_given_as_it_arrives(
+    named: Encoding, subtype: str, tag: int, said: Encoding | None, is_extensible: bool
+) -> None:
+    said = named if said == Encoding.MULAW else said
+    layout = format_chunk(tag=tag, n_bits=8, n_channels=1)
+    if is_extensible:
+        guid = struct.pack("<H", tag) + GUID_TAIL
+        plain = format_chunk(tag=EXTENSIBLE, n_bits=8)[8:]
+        layout = chunk(b"fmt ", plain + struct.pack("<HHI", 22, 8, 0) + guid)
+    body = g711(noise(1_001), subtype)  # odd, hence padded
+    data = wav(layout, chunk(b"data", body), chunk(b"LIST", bytes(50)))
+    stream = AudioStream(AudioFormat(said), target_rate=RATE)
+    start = data.index(b"data") + 8
+    assert [len(stream.push(data[:start])), stream.n_channels] == [0, 1]
+    decoded = [stream.push(data[i : i + 100]) for i in range(start, len(data), 100)]
+    assert len(decoded[0]) == 100
+    decoded.append(stream.finish())
+    expected = libsndfile_decode_raw(body, subtype)[:, 0]
+    np.testing.assert_array_equal(np.concatenate(decoded), expected)
+
+
+@pytest.mark.parametrize(
+    ("said", "subtype"),
+    [
+        (Encoding.MULAW, "ALAW"),
+        (Encoding.ALAW, "ULAW"),
+        (Encoding.MULAW, "PCM_16"),
+        (Encoding.ALAW, "FLOAT"),
+        (Encoding.MULAW, "IMA_ADPCM"),
+        (Encoding.FLAC, "ULAW"),
+    ],
+)
+def test_g711_that_a_wav_header_contradicts_is_refused(said: Encoding, subtype: str) -> None:
+    data = encode(noise(1_000), container="WAV", subtype=subtype)
+    found = "WAV" if said == Encoding.FLAC else f"a WAV that is not {said.value}"
+    message = rf"says {said.value} but the audio has the header of {found}; leave .* correct it"
+    with pytest.raises(RequestError, match=message):
+        decode(data, AudioFormat(said))
+    with pytest.raises(RequestError, match=message):
+        decode_in_chunks(data, [1] * len(data), AudioFormat(said))
+
+
+@pytest.mark.parametrize("said", [Encoding.MULAW, Encoding.ALAW])
+@pytest.mark.parametrize("container", ["FLAC", "OGG", "MP3"])
+def test_g711_that_has_another_header_is_refused(said: Encoding, container: str) -> None:
+    data = encode(noise(2_000), container=container)
+    with pytest.raises(RequestError, match=rf"says {said.value} but .* header of {container}"):
+        decode(data, AudioFormat(said))
+
+
+@pytest.mark.parametrize(("said", "subtype", "_tag"), G711)
+def test_g711_refuses_layouts_that_the_header_contradicts(
+    said: Encoding, subtype: str, _tag: int
+) -> None:
+    data = encode(noise(500, n_channels=2), container="WAV", subtype=subtype, sample_rate=8_000)
+    with pytest.raises(RequestError, match=r"says 16000 Hz but the WAV header says 8000 Hz"):
+        decode(data, AudioFormat(said, RATE))
+    with pytest.raises(RequestError, match=r"says 1 channels but the WAV header says 2"):
+        decode(data, AudioFormat(said, n_channels=1))
+    assert len(decode(data, AudioFormat(said, 8_000, 2))) == 1_000
+
+
+@pytest.mark.parametrize("said", [Encoding.MULAW, Encoding.ALAW])
+def test_g711_is_what_the_sender_says_it_is(said: Encoding) -> None:
+    assert len(decode(b"these may be samples", AudioFormat(said))) == 40
+    with pytest.raises(AudioError, match=r"no header of a WAV, FLAC, Ogg or mp3 file; convert"):
+        decode(bytes(100), AudioFormat(said, header_required=True))
+    with pytest.raises(AudioError, match=r"has 33 channels, expected 1 to 32"):
+        decode(bytes(100), AudioFormat(said, n_channels=33))
+    with pytest.raises(AudioError, match=r"rate is -1 Hz, expected 4000 to 384000 Hz"):
+        decode(bytes(100), AudioFormat(said, sample_rate=-1))
+    with pytest.raises(AudioError, match=r"1 bytes that hold no sample"):
+        decode(b"\xff", AudioFormat(said, n_channels=2))
+
+
+# --- channels apart ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("WAV", "PCM_16"), ("WAV", "ULAW"), ("WAV", "IMA_ADPCM"), ("FLAC", "PCM_24"),
+     ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")],
+)  # fmt: skip
+@pytest.mark.parametrize("sample_rate", [8_000, 16_000, 48_000])
+def test_separate_channels_are_each_what_it_is_alone(
+    container: str, subtype: str, sample_rate: int
+) -> None:
+    samples = noise(9_001, n_channels=2)
+    data = encode(samples, container=container, subtype=subtype, sample_rate=sample_rate)
+    decoded = decode_separately(data)
+    assert decoded.dtype == np.float32
+    frames = libsndfile_decode(data)
+    assert decoded.shape[1] == frames.shape[1] == 2
+    for channel in range(2):
+        alone = resample(np.ascontiguousarray(frames[:, channel]), sample_rate, RATE)
+        np.testing.assert_allclose(decoded[:, channel], alone, rtol=0, atol=1e-7)
+    np.testing.assert_allclose(decoded.mean(axis=1), decode(data), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_channels", [1, 3, 32])
+def test_separate_channels_of_pcm_do_not_touch_each_other(n_channels: int) -> None:
+    samples = np.zeros((4_000, n_channels), np.float32)
+    samples[:, n_channels // 2] = noise(4_000)[:, 0]
+    said = AudioFormat(Encoding.LINEAR16, 44_100, n_channels)
+    decoded = decode_separately(pcm16(samples), said)
+    assert decoded.shape == (len(decoded), n_channels)
+    loudest = np.abs(decoded).max(axis=0)
+    assert loudest[n_channels // 2] > 0.4
+    assert np.delete(loudest, n_channels // 2).sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype", "sample_rate", "n_channels"),
+    [
+        ("WAV", "PCM_16", 44_100, 2),
+        ("WAV", "ULAW", 8_000, 2),
+        ("WAV", "PCM_24", 16_000, 5),
+        ("FLAC", "PCM_16", 48_000, 3),
+        ("OGG", "VORBIS", 8_000, 2),
+        ("MP3", "MPEG_LAYER_III", 16_000, 1),
+    ],
+)
+def test_separate_channels_are_the_same_for_any_chunks(
+    container: str,
+    subtype: str,
+    sample_rate: int,
+    n_channels: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples = noise(2_003, n_channels=n_channels)
+    data = encode(samples, container=container, subtype=subtype, sample_rate=sample_rate)
+    whole = decode_separately(data)
+    assert whole.shape[1] == n_channels
+    for lengths in (
+        [1] * len(data),
+        *(random_lengths(len(data), longest=n, seed=n) for n in (13, 700, len(data))),
+    ):
+        pieces = decode_in_chunks(data, lengths, separate_channels=True)
+        np.testing.assert_array_equal(pieces, whole)
+    monkeypatch.setattr(audio, "_BLOCK_FRAMES", 300)
+    np.testing.assert_allclose(decode_separately(data), whole, rtol=0, atol=1e-6)
+
+
+def test_separate_channels_of_one_channel_are_its_samples() -> None:
+    data = pcm16_wav(noise(3_000), sample_rate=22_050)
+    np.testing.assert_array_equal(decode_separately(data)[:, 0], decode(data))
+
+
+@pytest.mark.parametrize(("container", "is_streamed"), [("WAV", True), ("FLAC", False)])
+@pytest.mark.parametrize("separate_channels", [False, True])
+def test_n_channels_is_known_with_the_header(
+    container: str, is_streamed: bool, separate_channels: bool
+) -> None:
+    data = encode(noise(1_000, n_channels=3), container=container)
+    stream = AudioStream(AudioFormat(), target_rate=RATE, separate_channels=separate_channels)
+    assert stream.n_channels is None
+    shape = (0, 1) if separate_channels else (0,)
+    assert stream.push(data[:20]).shape == shape
+    assert stream.n_channels is None
+    stream.push(data[20:])
+    assert stream.n_channels == (3 if is_streamed else None)
+    assert stream.finish().shape[1:] == ((3,) if separate_channels else ())
+    assert stream.n_channels == 3
+
+
+def test_separate_channels_of_nothing_are_empty() -> None:
+    stream = AudioStream(AudioFormat(), target_rate=RATE, separate_channels=True)
+    assert stream.push(b"").shape == (0, 1)
+    assert stream.finish().shape == (0, 1)
+    assert stream.n_channels is None
+    with pytest.raises(AudioError, match="no bytes at all"):
+        decode_separately(b"")
+
+
+def test_separate_channels_refuse_a_sample_that_is_not_a_number() -> None:
+    samples = noise(1_000, n_channels=2)
+    samples[700, 1] = np.nan
+    with pytest.raises(AudioError, match="not numbers"):
+        decode_separately(encode(samples, container="WAV", subtype="FLOAT"))
+
+
+def test_separate_channels_refuse_a_header_without_samples() -> None:
+    data = wav(format_chunk(n_channels=2), chunk(b"data", b""))
+    with pytest.raises(AudioError, match="hold no sample"):
+        decode_separately(data)
+
+
+# --- the longest recording -----------------------------------------------------------------------
+
+
+def silence(seconds: int, *, container: str, sample_rate: int = RATE) -> bytes:
+    """A file far smaller than the samples it decodes to."""
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", sample_rate, 1, format=container) as writer:
+        for _ in range(seconds):
+            writer.write(np.zeros(sample_rate, np.float32))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("container", ["FLAC", "OGG"])
+def test_longest_stops_a_file_that_expands_to_hours(
+    container: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = silence(1_800, container=container)
+    monkeypatch.setattr(audio, "_BLOCK_FRAMES", RATE)
+    message = (
+        r"the audio is too long: 11\.0 s so far, and the limit is 10 s; "
+        r"cut the recording, or raise the server's limit"
+    )
+    blocks = decode_blocks([bomb], AudioFormat(), target_rate=RATE, longest_s=10.0)
+    tracemalloc.start()
+    try:
+        assert [len(block) for block in islice(blocks, 10)] == 10 * [RATE]
+        with pytest.raises(AudioError, match=message):  # one block of a second beyond, no more
+            next(blocks)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(bomb) < 150_000
+    assert peak_bytes < 1_000_000  # whole, it would be 115 MB
+
+
+def test_longest_stops_a_stream_that_finishes_at_once() -> None:
+    stream = AudioStream(AudioFormat(), target_rate=RATE, longest_s=60)
+    stream.push(silence(61, container="FLAC"))
+    with pytest.raises(AudioError, match=r"61\.0 s so far, and the limit is 60 s"):
+        stream.finish()
+
+
+@pytest.mark.parametrize("sample_rate", [8_000, 16_000, 48_000])
+@pytest.mark.parametrize("container", ["WAV", "FLAC"])
+@pytest.mark.parametrize("separate_channels", [False, True])
+def test_longest_counts_frames_at_the_source_rate(
+    sample_rate: int, container: str, separate_channels: bool
+) -> None:
+    def n_decoded(n_frames: int) -> int:
+        samples = noise(n_frames, n_channels=2)
+        data = encode(samples, container=container, sample_rate=sample_rate)
+        blocks = decode_blocks(
+            [data],
+            AudioFormat(),
+            target_rate=RATE,
+            separate_channels=separate_channels,
+            longest_s=0.5,
+        )
+        return sum(len(block) for block in blocks)
+
+    assert n_decoded(sample_rate // 2) == RATE // 2
+    with pytest.raises(AudioError, match=r"the limit is 0\.5 s"):
+        n_decoded(sample_rate // 2 + 1)
+
+
+@pytest.mark.parametrize("said", [Encoding.LINEAR16, Encoding.MULAW])
+def test_longest_is_the_same_for_any_chunks_of_raw_samples(said: Encoding) -> None:
+    n_bytes = {Encoding.LINEAR16: 32_000, Encoding.MULAW: 8_000}[said]
+    for length in (1, 999, n_bytes):
+        stream = AudioStream(AudioFormat(said), target_rate=RATE, longest_s=1.0)
+        for start in range(0, n_bytes, length):
+            stream.push(bytes(min(length, n_bytes - start)))
+        with pytest.raises(AudioError, match=r"1\.0 s so far, and the limit is 1 s"):
+            stream.push(bytes(2))
+
+
+def test_longest_stops_raw_samples_that_come_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "_PIECE_BYTES", 8_000)
+    blocks = decode_blocks(
+        [bytes(8_000_000)], AudioFormat(Encoding.MULAW), target_rate=8_000, longest_s=2.5
+    )
+    assert [len(next(blocks)) for _ in range(2)] == [8_000, 8_000]
+    with pytest.raises(AudioError, match=r"too long: 3\.0 s so far"):
+        next(blocks)
+
+
+@pytest.mark.parametrize("n_channels", [1, 2, 8])
+def test_blocks_of_many_channels_are_shorter(
+    n_channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encode(noise(4_000, n_channels=n_channels), container="FLAC")
+    whole = decode(data)
+    monkeypatch.setattr(audio, "_BLOCK_SAMPLES", 2_000)
+    monkeypatch.setattr(audio, "_BLOCK_FRAMES", 1_500)
+    blocks = list(decode_blocks([data], AudioFormat(), target_rate=RATE))
+    assert max(len(block) for block in blocks) == min(1_500, 2_000 // n_channels)
+    np.testing.assert_array_equal(np.concatenate(blocks), whole)
+
+
+# --- how long it will be -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("container", "subtype"),
+    [("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("WAV", "ALAW"),
+     ("WAV", "IMA_ADPCM"), ("WAV", "GSM610"), ("WAVEX", "PCM_32"), ("RF64", "PCM_16"),
+     ("FLAC", "PCM_16"), ("OGG", "OPUS"), ("OGG", "VORBIS"), ("MP3", "MPEG_LAYER_III")],
+)  # fmt: skip
+@pytest.mark.parametrize("n_channels", [1, 2])
+def test_duration_hint_is_the_length_of_what_is_decoded(
+    container: str, subtype: str, n_channels: int
+) -> None:
+    if subtype == "GSM610" and n_channels == 2:
+        n_channels = 1  # it has no more
+    data = encode(noise(8_003, n_channels=n_channels), container=container, subtype=subtype)
+    hint = duration_hint_s(data, AudioFormat())
+    assert hint == len(decode(data)) / RATE
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        (AudioFormat(), 0.5),
+        (AudioFormat(Encoding.LINEAR16, 8_000), 1.0),
+        (AudioFormat(Encoding.LINEAR16, n_channels=4), 0.125),
+        (AudioFormat(Encoding.MULAW), 2.0),
+        (AudioFormat(Encoding.ALAW, 16_000, 2), 0.5),
+    ],
+)
+def test_duration_hint_of_raw_samples_is_exact(said: AudioFormat, seconds: float) -> None:
+    assert duration_hint_s(bytes(16_000), said) == seconds
+    assert len(decode(bytes(16_000), said)) == seconds * RATE
+    assert duration_hint_s(bytes(16_001), said) == pytest.approx(seconds, abs=2e-4)
+
+
+@pytest.mark.parametrize("tag", [PCM, MULAW, ALAW])
+@pytest.mark.parametrize("size", [None, 0, 0xFFFFFFFF, 1 << 30, 100])
+def test_duration_hint_of_a_wav_counts_the_bytes_that_are_there(tag: int, size: int | None) -> None:
+    n_bits = 16 if tag == PCM else 8
+    data = wav(format_chunk(tag=tag, n_bits=n_bits), chunk(b"data", bytes(6_400), size=size))
+    assert duration_hint_s(data, AudioFormat()) == len(decode(data)) / RATE
+
+
+@pytest.mark.parametrize("container", ["FLAC", "OGG", "MP3"])
+def test_duration_hint_believes_a_file_that_expands_to_minutes(container: str) -> None:
+    data = silence(180, container=container, sample_rate=8_000)
+    assert duration_hint_s(data, AudioFormat()) == 180.0
+
+
+@pytest.mark.parametrize("n_frames", [0, 2**36 - 1])
+def test_duration_hint_is_none_when_a_flac_leaves_its_length_open_or_lies(n_frames: int) -> None:
+    data = bytearray(encode(noise(5_000), container="FLAC"))
+    data[21] = data[21] & 0xF0 | n_frames >> 32
+    data[22:26] = struct.pack(">I", n_frames & 0xFFFFFFFF)
+    assert duration_hint_s(bytes(data), AudioFormat()) is None
+
+
+def test_duration_hint_is_none_when_an_mp3_exaggerates() -> None:
+    data = bytearray(encode(speech(), container="MP3"))
+    place = max(data.find(b"Xing"), data.find(b"Info"))
+    struct.pack_into(">I", data, place + 8, 1_000_000)
+    assert duration_hint_s(bytes(data), AudioFormat()) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", AudioFormat()),
+        (b"", AudioFormat(Encoding.MULAW)),
+        (b"<!doctype html><html>", AudioFormat()),
+        (bytes(100), AudioFormat(header_required=True)),
+        (bytes(100), AudioFormat(Encoding.FLAC)),
+        (bytes(100), AudioFormat(Encoding.LINEAR16, sample_rate=1)),
+        (bytes(100), AudioFormat(Encoding.ALAW, n_channels=-3)),
+        (b"fLaC" + bytes(100), AudioFormat()),
+        (b"OggS" + bytes(100), AudioFormat()),
+        (b"ID3", AudioFormat()),
+        (b"RIFF", AudioFormat()),
+        (pcm16_wav(noise(100), sample_rate=100), AudioFormat()),
+        (pcm16_wav(noise(100)), AudioFormat(Encoding.MULAW)),
+        (pcm16_wav(noise(100)), AudioFormat(sample_rate=8_000)),
+        (encode(noise(1_000), container="FLAC", sample_rate=2_000), AudioFormat()),
+    ],
+)
+def test_duration_hint_is_none_when_it_cannot_be_told(data: bytes, said: AudioFormat) -> None:
+    assert duration_hint_s(data, said) is None
+
+
 # --- whatever arrives ----------------------------------------------------------------------------
 
 
@@ -698,6 +1198,12 @@ def test_decode_raises_only_input_errors_on_random_bytes(magic: bytes) -> None:
         data = magic + rng.bytes(int(rng.integers(0, 1_500)))
         lengths = random_lengths(len(data), longest=100, seed=seed)
         assert outcome(data, lengths) == outcome(data, [])
+        said = AudioFormat(list(Encoding)[seed % len(Encoding)], n_channels=[None, 3][seed % 2])
+        results = [outcome(data, n, said, separate_channels=True) for n in (lengths, [])]
+        assert results[0] == results[1]
+        for audio_format in (AudioFormat(), said):
+            hint = duration_hint_s(data, audio_format)
+            assert hint is None or 0 <= hint < len(data)
 
 
 @pytest.mark.parametrize(
@@ -706,6 +1212,7 @@ def test_decode_raises_only_input_errors_on_random_bytes(magic: bytes) -> None:
         ("WAV", "PCM_16"),
         ("WAV", "FLOAT"),
         ("WAV", "ULAW"),
+        ("WAV", "ALAW"),
         ("WAV", "IMA_ADPCM"),
         ("WAVEX", "PCM_24"),
         ("RF64", "PCM_16"),
@@ -733,6 +1240,11 @@ def test_decode_raises_only_input_errors_on_mutated_files(container: str, subtyp
         lengths = random_lengths(len(mutated), longest=100, seed=seed)
         result = outcome(mutated.tobytes(), lengths)
         assert result == outcome(mutated.tobytes(), [])
+        separate = [outcome(mutated.tobytes(), n, separate_channels=True) for n in (lengths, [])]
+        assert separate[0] == separate[1]
+        assert type(separate[0]) is type(result)
+        hint = duration_hint_s(mutated.tobytes(), AudioFormat())
+        assert hint is None or hint >= 0
         kinds.add(type(result))
     assert kinds == {str, list}  # some were refused, some were decoded
 

@@ -14,6 +14,7 @@ from service.decoding.greedy import GreedyDecoder
 from service.features import log_mel
 from service.manifest import Utterance
 from service.recogniser import LONGEST_WHOLE_S, FloatArray, Recogniser, Segment
+from service.request import StreamRequest
 from service.scoring import count_errors, pool
 from service.session import Session
 
@@ -104,7 +105,9 @@ def test_long_recording_has_the_utterances_of_a_stream(
 ) -> None:
     """int8 scales depend on the batch, so the words may differ a little, but not the cuts."""
     pcm = to_pcm(long)
-    session = Session(recogniser, AudioFormat(Encoding.LINEAR16), decoder="greedy")
+    session = Session(
+        recogniser, StreamRequest(audio=AudioFormat(Encoding.LINEAR16)), decoder="greedy"
+    )
     updates = [u for i in range(0, len(pcm), 32_000) for u in session.push(pcm[i : i + 32_000])]
     streamed = [update.results[0].segment for update in updates + list(session.finish())]
     heard = (np.frombuffer(pcm, "<i2") / 32768).astype(np.float32)

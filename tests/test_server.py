@@ -22,12 +22,13 @@ from conftest import RunningServer, join_with_pauses, noise, run_server, to_pcm
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.audio import AudioFormat, load_audio
+from service.audio import load_audio
 from service.client import check_health, read_pcm, stream_recognise, stream_responses
 from service.errors import ServerError
 from service.manifest import Utterance
 from service.pb.voxgate.v1 import speech_pb2 as pb
 from service.recogniser import DecoderName, FloatArray, Recogniser
+from service.request import StreamRequest
 from service.scoring import count_errors
 from service.session import Session
 
@@ -123,11 +124,8 @@ def test_stream_gives_what_the_session_gives(
     assert not any(r.alternatives[0].words for r in results if not r.is_final)
     session = Session(
         recogniser,
-        AudioFormat(),
+        StreamRequest(n_best=2, profile=profile or "balanced", interim_results=True),
         decoder=decoder,
-        n_best=2,
-        profile=profile or "balanced",
-        interim_results=True,
     )
     expected = [r for piece in pcm for update in session.push(piece) for r in update.results]
     expected += [r for update in session.finish() for r in update.results]
@@ -281,7 +279,7 @@ def test_disable_second_pass_gives_the_results_of_the_first(
         for disabled in (False, True)
     }
     for disabled, transcripts in found.items():
-        session = Session(recogniser, AudioFormat(), decoder="greedy", second_pass=not disabled)
+        session = Session(recogniser, StreamRequest(second_pass=not disabled), decoder="greedy")
         updates = session.push(to_pcm(both)) + list(session.finish())
         expected = [u.results[0].segment.alternatives[0].transcript for u in updates]
         assert transcripts == expected

@@ -20,6 +20,7 @@ from service.endpointing import EndpointSettings
 from service.errors import AudioError, RequestError
 from service.features import log_mel
 from service.recogniser import DecoderName, FloatArray, Recogniser, Segment, TimedWord
+from service.request import StreamRequest
 from service.segmenter import PRE_ROLL_S, UtteranceEnded
 from service.session import OFFLINE_PROFILE, Session, SpeechEvent, Update
 
@@ -48,7 +49,7 @@ def talk(waveforms: list[FloatArray]) -> FloatArray:
 
 
 def _open(recogniser: Recogniser, *, decoder: DecoderName = "greedy", **options: Any) -> Session:
-    return Session(recogniser, PCM, decoder=decoder, **options)
+    return Session(recogniser, StreamRequest(audio=PCM, **options), decoder=decoder)
 
 
 def _push(session: Session, data: bytes, sizes: Iterable[int] = (3200,)) -> list[Update]:
@@ -128,7 +129,7 @@ def test_finals_are_the_same_byte_by_byte_and_behind_a_wav_header(
     soundfile.write(file, np.frombuffer(pcm, "<i2"), 16_000, format="WAV", subtype="PCM_16")
     found = []
     for data, sizes in ((pcm, (len(pcm),)), (pcm, (1,)), (file.getvalue(), (1, 2, 333))):
-        session = Session(recogniser, AudioFormat(), decoder="greedy", second_pass=second_pass)
+        session = Session(recogniser, StreamRequest(second_pass=second_pass), decoder="greedy")
         found.append(_finals(_push(session, data, sizes) + list(session.finish())))
     assert found[1:] == [found[0]] * 2
     assert any(_words(segment) for segment in found[0])
@@ -351,7 +352,7 @@ def test_single_utterance_in_a_file_of_many_blocks_is_one(
     file = io.BytesIO()
     soundfile.write(file, talk, 16_000, format="FLAC")
     monkeypatch.setattr(audio, "_BLOCK_FRAMES", 32_000)
-    session = Session(recogniser, AudioFormat(), decoder="greedy", single_utterance=True)
+    session = Session(recogniser, StreamRequest(single_utterance=True), decoder="greedy")
     updates = session.push(file.getvalue()) + list(session.finish())
     assert [u.event for u in updates] == [SpeechEvent.END_OF_SINGLE_UTTERANCE, None]
 
@@ -369,12 +370,12 @@ def test_file_that_breaks_off_gives_what_was_heard_before(
     file = io.BytesIO()
     soundfile.write(file, talk, 16_000, format="FLAC")
     monkeypatch.setattr(audio, "_BLOCK_FRAMES", 32_000)
-    whole = Session(recogniser, AudioFormat(), decoder="greedy")
+    whole = Session(recogniser, StreamRequest(), decoder="greedy")
     expected = _finals(whole.push(file.getvalue()) + list(whole.finish()))
     data = bytearray(file.getvalue())
     half = len(data) // 2
     data[half : half + 4_000] = bytes(4_000)
-    session = Session(recogniser, AudioFormat(), decoder="greedy")
+    session = Session(recogniser, StreamRequest(), decoder="greedy")
     heard = session.push(bytes(data))
     with pytest.raises(AudioError, match="cannot be decoded"):
         heard.extend(session.finish())
@@ -466,7 +467,7 @@ def test_forty_seconds_without_speech_give_one_empty_final_at_the_end(
     data = to_pcm(noise(40.0, level=level))
     for start in range(0, len(data), 32_000):
         assert session.push(data[start : start + 32_000]) == []
-        assert len(session._segmenter._features) <= most
+        assert len(session._channels[0]._segmenter._features) <= most
     (update,) = session.finish()
     (result,) = update.results
     assert (result.is_final, _text(result.segment)) == (True, "")
@@ -517,7 +518,7 @@ def test_broken_audio_is_refused_and_other_sessions_go_on(
     other = _open(recogniser)
     data = to_pcm(waveforms[1])
     before = _push(other, data[:32_000])
-    broken = Session(recogniser, AudioFormat(), decoder="greedy")
+    broken = Session(recogniser, StreamRequest(), decoder="greedy")
     with pytest.raises(AudioError, match="no header"):
         broken.push(b"dear server, this is a letter and no audio at all. " * 20)
     updates = before + _push(other, data[32_000:]) + list(other.finish())

@@ -11,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RecognitionConfig(_message.Message):
-    __slots__ = ("encoding", "sample_rate_hertz", "audio_channel_count", "language_code", "max_alternatives", "speech_contexts", "model", "decoder", "search_tokens", "domain")
+    __slots__ = ("encoding", "sample_rate_hertz", "audio_channel_count", "language_code", "max_alternatives", "enable_separate_recognition_per_channel", "profanity_filter", "speech_contexts", "model", "decoder", "search_tokens", "domain")
     class AudioEncoding(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         ENCODING_UNSPECIFIED: _ClassVar[RecognitionConfig.AudioEncoding]
@@ -20,12 +20,14 @@ class RecognitionConfig(_message.Message):
         MULAW: _ClassVar[RecognitionConfig.AudioEncoding]
         OGG_OPUS: _ClassVar[RecognitionConfig.AudioEncoding]
         MP3: _ClassVar[RecognitionConfig.AudioEncoding]
+        ALAW: _ClassVar[RecognitionConfig.AudioEncoding]
     ENCODING_UNSPECIFIED: RecognitionConfig.AudioEncoding
     LINEAR16: RecognitionConfig.AudioEncoding
     FLAC: RecognitionConfig.AudioEncoding
     MULAW: RecognitionConfig.AudioEncoding
     OGG_OPUS: RecognitionConfig.AudioEncoding
     MP3: RecognitionConfig.AudioEncoding
+    ALAW: RecognitionConfig.AudioEncoding
     class DecoderKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         DECODER_UNSPECIFIED: _ClassVar[RecognitionConfig.DecoderKind]
@@ -49,6 +51,8 @@ class RecognitionConfig(_message.Message):
     AUDIO_CHANNEL_COUNT_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_CODE_FIELD_NUMBER: _ClassVar[int]
     MAX_ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    ENABLE_SEPARATE_RECOGNITION_PER_CHANNEL_FIELD_NUMBER: _ClassVar[int]
+    PROFANITY_FILTER_FIELD_NUMBER: _ClassVar[int]
     SPEECH_CONTEXTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DECODER_FIELD_NUMBER: _ClassVar[int]
@@ -59,12 +63,14 @@ class RecognitionConfig(_message.Message):
     audio_channel_count: int
     language_code: str
     max_alternatives: int
+    enable_separate_recognition_per_channel: bool
+    profanity_filter: bool
     speech_contexts: _containers.RepeatedCompositeFieldContainer[SpeechContext]
     model: str
     decoder: RecognitionConfig.DecoderKind
     search_tokens: RecognitionConfig.SearchTokens
     domain: str
-    def __init__(self, encoding: _Optional[_Union[RecognitionConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., audio_channel_count: _Optional[int] = ..., language_code: _Optional[str] = ..., max_alternatives: _Optional[int] = ..., speech_contexts: _Optional[_Iterable[_Union[SpeechContext, _Mapping]]] = ..., model: _Optional[str] = ..., decoder: _Optional[_Union[RecognitionConfig.DecoderKind, str]] = ..., search_tokens: _Optional[_Union[RecognitionConfig.SearchTokens, str]] = ..., domain: _Optional[str] = ...) -> None: ...
+    def __init__(self, encoding: _Optional[_Union[RecognitionConfig.AudioEncoding, str]] = ..., sample_rate_hertz: _Optional[int] = ..., audio_channel_count: _Optional[int] = ..., language_code: _Optional[str] = ..., max_alternatives: _Optional[int] = ..., enable_separate_recognition_per_channel: bool = ..., profanity_filter: bool = ..., speech_contexts: _Optional[_Iterable[_Union[SpeechContext, _Mapping]]] = ..., model: _Optional[str] = ..., decoder: _Optional[_Union[RecognitionConfig.DecoderKind, str]] = ..., search_tokens: _Optional[_Union[RecognitionConfig.SearchTokens, str]] = ..., domain: _Optional[str] = ...) -> None: ...
 
 class SpeechContext(_message.Message):
     __slots__ = ("phrases", "boost")
@@ -75,7 +81,14 @@ class SpeechContext(_message.Message):
     def __init__(self, phrases: _Optional[_Iterable[str]] = ..., boost: _Optional[float] = ...) -> None: ...
 
 class StreamingRecognitionConfig(_message.Message):
-    __slots__ = ("config", "single_utterance", "interim_results", "enable_voice_activity_events", "profile", "disable_second_pass", "endpointing_config")
+    __slots__ = ("config", "single_utterance", "interim_results", "enable_voice_activity_events", "profile", "disable_second_pass", "endpointing_config", "voice_activity_timeout")
+    class VoiceActivityTimeout(_message.Message):
+        __slots__ = ("speech_start_timeout", "speech_end_timeout")
+        SPEECH_START_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+        SPEECH_END_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+        speech_start_timeout: _duration_pb2.Duration
+        speech_end_timeout: _duration_pb2.Duration
+        def __init__(self, speech_start_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., speech_end_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
     CONFIG_FIELD_NUMBER: _ClassVar[int]
     SINGLE_UTTERANCE_FIELD_NUMBER: _ClassVar[int]
     INTERIM_RESULTS_FIELD_NUMBER: _ClassVar[int]
@@ -83,6 +96,7 @@ class StreamingRecognitionConfig(_message.Message):
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     DISABLE_SECOND_PASS_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTING_CONFIG_FIELD_NUMBER: _ClassVar[int]
+    VOICE_ACTIVITY_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     config: RecognitionConfig
     single_utterance: bool
     interim_results: bool
@@ -90,7 +104,8 @@ class StreamingRecognitionConfig(_message.Message):
     profile: str
     disable_second_pass: bool
     endpointing_config: EndpointingConfig
-    def __init__(self, config: _Optional[_Union[RecognitionConfig, _Mapping]] = ..., single_utterance: bool = ..., interim_results: bool = ..., enable_voice_activity_events: bool = ..., profile: _Optional[str] = ..., disable_second_pass: bool = ..., endpointing_config: _Optional[_Union[EndpointingConfig, _Mapping]] = ...) -> None: ...
+    voice_activity_timeout: StreamingRecognitionConfig.VoiceActivityTimeout
+    def __init__(self, config: _Optional[_Union[RecognitionConfig, _Mapping]] = ..., single_utterance: bool = ..., interim_results: bool = ..., enable_voice_activity_events: bool = ..., profile: _Optional[str] = ..., disable_second_pass: bool = ..., endpointing_config: _Optional[_Union[EndpointingConfig, _Mapping]] = ..., voice_activity_timeout: _Optional[_Union[StreamingRecognitionConfig.VoiceActivityTimeout, _Mapping]] = ...) -> None: ...
 
 class EndpointingConfig(_message.Message):
     __slots__ = ("start_history", "start_threshold", "stop_history", "stop_threshold", "stop_history_eou", "stop_threshold_eou", "longest_utterance")
@@ -149,45 +164,52 @@ class EndUtterance(_message.Message):
     def __init__(self) -> None: ...
 
 class StreamingRecognizeResponse(_message.Message):
-    __slots__ = ("results", "speech_event_type", "speech_event_time")
+    __slots__ = ("results", "speech_event_type", "speech_event_time", "channel_tag")
     class SpeechEventType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SPEECH_EVENT_UNSPECIFIED: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
         END_OF_SINGLE_UTTERANCE: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
         SPEECH_ACTIVITY_BEGIN: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
         SPEECH_ACTIVITY_END: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
+        SPEECH_ACTIVITY_TIMEOUT: _ClassVar[StreamingRecognizeResponse.SpeechEventType]
     SPEECH_EVENT_UNSPECIFIED: StreamingRecognizeResponse.SpeechEventType
     END_OF_SINGLE_UTTERANCE: StreamingRecognizeResponse.SpeechEventType
     SPEECH_ACTIVITY_BEGIN: StreamingRecognizeResponse.SpeechEventType
     SPEECH_ACTIVITY_END: StreamingRecognizeResponse.SpeechEventType
+    SPEECH_ACTIVITY_TIMEOUT: StreamingRecognizeResponse.SpeechEventType
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     SPEECH_EVENT_TYPE_FIELD_NUMBER: _ClassVar[int]
     SPEECH_EVENT_TIME_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_TAG_FIELD_NUMBER: _ClassVar[int]
     results: _containers.RepeatedCompositeFieldContainer[StreamingRecognitionResult]
     speech_event_type: StreamingRecognizeResponse.SpeechEventType
     speech_event_time: _duration_pb2.Duration
-    def __init__(self, results: _Optional[_Iterable[_Union[StreamingRecognitionResult, _Mapping]]] = ..., speech_event_type: _Optional[_Union[StreamingRecognizeResponse.SpeechEventType, str]] = ..., speech_event_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    channel_tag: int
+    def __init__(self, results: _Optional[_Iterable[_Union[StreamingRecognitionResult, _Mapping]]] = ..., speech_event_type: _Optional[_Union[StreamingRecognizeResponse.SpeechEventType, str]] = ..., speech_event_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., channel_tag: _Optional[int] = ...) -> None: ...
 
 class SpeechRecognitionResult(_message.Message):
-    __slots__ = ("alternatives", "result_end_time", "language_code", "intent", "slots")
+    __slots__ = ("alternatives", "channel_tag", "result_end_time", "language_code", "intent", "slots")
     ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_TAG_FIELD_NUMBER: _ClassVar[int]
     RESULT_END_TIME_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_CODE_FIELD_NUMBER: _ClassVar[int]
     INTENT_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     alternatives: _containers.RepeatedCompositeFieldContainer[SpeechRecognitionAlternative]
+    channel_tag: int
     result_end_time: _duration_pb2.Duration
     language_code: str
     intent: Intent
     slots: _containers.RepeatedCompositeFieldContainer[Slot]
-    def __init__(self, alternatives: _Optional[_Iterable[_Union[SpeechRecognitionAlternative, _Mapping]]] = ..., result_end_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., language_code: _Optional[str] = ..., intent: _Optional[_Union[Intent, _Mapping]] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ...) -> None: ...
+    def __init__(self, alternatives: _Optional[_Iterable[_Union[SpeechRecognitionAlternative, _Mapping]]] = ..., channel_tag: _Optional[int] = ..., result_end_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., language_code: _Optional[str] = ..., intent: _Optional[_Union[Intent, _Mapping]] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ...) -> None: ...
 
 class StreamingRecognitionResult(_message.Message):
-    __slots__ = ("alternatives", "is_final", "stability", "result_end_time", "language_code", "intent", "slots")
+    __slots__ = ("alternatives", "is_final", "stability", "result_end_time", "channel_tag", "language_code", "intent", "slots")
     ALTERNATIVES_FIELD_NUMBER: _ClassVar[int]
     IS_FINAL_FIELD_NUMBER: _ClassVar[int]
     STABILITY_FIELD_NUMBER: _ClassVar[int]
     RESULT_END_TIME_FIELD_NUMBER: _ClassVar[int]
+    CHANNEL_TAG_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_CODE_FIELD_NUMBER: _ClassVar[int]
     INTENT_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -195,10 +217,11 @@ class StreamingRecognitionResult(_message.Message):
     is_final: bool
     stability: float
     result_end_time: _duration_pb2.Duration
+    channel_tag: int
     language_code: str
     intent: Intent
     slots: _containers.RepeatedCompositeFieldContainer[Slot]
-    def __init__(self, alternatives: _Optional[_Iterable[_Union[SpeechRecognitionAlternative, _Mapping]]] = ..., is_final: bool = ..., stability: _Optional[float] = ..., result_end_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., language_code: _Optional[str] = ..., intent: _Optional[_Union[Intent, _Mapping]] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ...) -> None: ...
+    def __init__(self, alternatives: _Optional[_Iterable[_Union[SpeechRecognitionAlternative, _Mapping]]] = ..., is_final: bool = ..., stability: _Optional[float] = ..., result_end_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., channel_tag: _Optional[int] = ..., language_code: _Optional[str] = ..., intent: _Optional[_Union[Intent, _Mapping]] = ..., slots: _Optional[_Iterable[_Union[Slot, _Mapping]]] = ...) -> None: ...
 
 class SpeechRecognitionAlternative(_message.Message):
     __slots__ = ("transcript", "confidence", "words", "score")
@@ -247,6 +270,16 @@ class Slot(_message.Message):
     end_time: _duration_pb2.Duration
     confidence: float
     def __init__(self, name: _Optional[str] = ..., value: _Optional[str] = ..., raw: _Optional[str] = ..., start_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., end_time: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., confidence: _Optional[float] = ...) -> None: ...
+
+class ReloadModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReloadModelsResponse(_message.Message):
+    __slots__ = ("changes",)
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    changes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, changes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

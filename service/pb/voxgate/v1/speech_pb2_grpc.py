@@ -49,6 +49,11 @@ class SpeechStub(object):
                 request_serializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.ReloadModels = channel.unary_unary(
+                '/voxgate.v1.Speech/ReloadModels',
+                request_serializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ReloadModelsRequest.SerializeToString,
+                response_deserializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ReloadModelsResponse.FromString,
+                _registered_method=True)
 
 
 class SpeechServicer(object):
@@ -76,6 +81,15 @@ class SpeechServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReloadModels(self, request, context):
+        """Loads bundles that are new or have changed and lets go of those that are gone; streams that are
+        open end on the model they began with. For callers on the server's own machine, and where keys
+        are set for those whose key is an admin's.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SpeechServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +107,11 @@ def add_SpeechServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ListModelsRequest.FromString,
                     response_serializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ReloadModels': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadModels,
+                    request_deserializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ReloadModelsRequest.FromString,
+                    response_serializer=service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ReloadModelsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +195,33 @@ class Speech(object):
             '/voxgate.v1.Speech/ListModels',
             service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ListModelsRequest.SerializeToString,
             service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadModels(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/voxgate.v1.Speech/ReloadModels',
+            service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ReloadModelsRequest.SerializeToString,
+            service_dot_pb_dot_voxgate_dot_v1_dot_speech__pb2.ReloadModelsResponse.FromString,
             options,
             channel_credentials,
             insecure,

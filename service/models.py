@@ -1,0 +1,239 @@
+"""The models a server has loaded: which one a request gets, and how they are exchanged.
+
+A model that is replaced goes on serving the requests that began with it; its graphs are let go when
+the last of them has ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from service.bundle import CONFIG_NAME
+from service.engine import Provider
+from service.errors import RequestError, ServerError, VoxgateError
+from service.recogniser import DecoderName, Recogniser, load_recogniser
+from service.scheduler import BatchSettings, Observe, Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One loaded bundle."""
+
+    folder: Path
+    digest: str
+    """Of the bundle's `config.json`, which has the hashes of all its other files."""
+    live: Recogniser
+    """Its work goes before that of `offline`."""
+    offline: Recogniser
+    scheduler: Scheduler
+
+    @property
+    def name(self) -> str:
+        """By which requests choose it."""
+        return self.live.name
+
+    @property
+    def language(self) -> str:
+        """BCP-47 tag."""
+        return self.live.language
+
+
+Load = Callable[[Path], Model]
+
+
+def load_model(
+    folder: Path,
+    *,
+    provider: Provider,
+    decoders: Sequence[DecoderName] | None,
+    batches: BatchSettings,
+    observe: Observe = lambda *_: None,
+) -> Model:
+    """Load a bundle behind a scheduler of its own.
+
+    Args:
+        folder: the bundle.
+        provider: where the acoustic model runs.
+        decoders: which decoders are made; see `load_recogniser`.
+        batches: how much is run at once.
+        observe: told of each batch.
+
+    Raises:
+        BundleError: the bundle cannot be used.
+        ProviderError: the provider is not there.
+    """
+    digest = _digest(folder)
+    recogniser = load_recogniser(folder, provider=provider, decoders=decoders)
+    scheduler = Scheduler(recogniser.engine, recogniser.streaming_engine, batches, observe=observe)
+    live, offline = (  # offline, the utterances of one recording may use every lane
+        replace(
+            recogniser,
+            engine=scheduler.engine(priority),
+            streaming_engine=scheduler.streaming_engine(priority),
+            utterances_at_once=batches.n_lanes * batches.most_utterances,
+        )
+        for priority in ("live", "offline")
+    )
+    return Model(folder, digest, live, offline, scheduler)
+
+
+class Models:
+    """All models of a server; safe to use from several threads."""
+
+    def __init__(self, load: Load, folders: Sequence[Path], *, watched: Path | None = None) -> None:
+        """Load the models.
+
+        Args:
+            load: loads one.
+            folders: bundles; the first one serves requests that name nothing.
+            watched: a folder whose subfolders are bundles, too, by name behind the others.
+
+        Raises:
+            VoxgateError: a bundle cannot be loaded, two have one name, or there is none.
+        """
+        self._load = load
+        self._folders = tuple(folders)
+        self._watched = watched
+        self._lock = threading.Lock()
+        self._reloading = threading.Lock()
+        self._n_users: Counter[Model] = Counter()
+        self._models: tuple[Model, ...] = ()
+        models = []
+        for folder in self._wanted():
+            models.append(load(folder))
+            _refuse_twins(models)
+        if not models:
+            raise ServerError(f"{watched} holds no bundle; expected folders with a {CONFIG_NAME}")
+        self._models = tuple(models)
+
+    @property
+    def loaded(self) -> tuple[Model, ...]:
+        """The models that new requests can have."""
+        return self._models
+
+    def choose(self, name: str, language: str) -> Model:
+        """The model of that name, or the first one of that language.
+
+        Raises:
+            RequestError: there is none; the message lists those there are.
+        """
+        models = self._models
+        if name:
+            named = [model for model in models if model.name == name]
+            if not named:
+                raise RequestError(
+                    f"there is no model {name!r}; this server has "
+                    f"{', '.join(repr(model.name) for model in models)}"
+                )
+            models = tuple(named)
+        for model in models:
+            if not language or _primary(language) == _primary(model.language):
+                return model
+        served = ", ".join(sorted({model.language for model in models}))
+        raise RequestError(
+            f"language_code {language!r} is not served"
+            f"{f' by the model {name!r}' if name else ''}; expected {served}"
+        )
+
+    @contextmanager
+    def use(self, name: str = "", language: str = "") -> Iterator[Model]:
+        """Hold a model while a request needs it; see `choose`."""
+        with self._lock:
+            model = self.choose(name, language)
+            self._n_users[model] += 1
+        try:
+            yield model
+        finally:
+            with self._lock:
+                self._n_users[model] -= 1
+            self._close_unused([model])
+
+    def reload(self) -> list[str]:
+        """Load what is new or has changed, let go of what is gone; lines that say what was done.
+
+        A bundle that cannot be loaded changes nothing: the old one stays.
+        """
+        with self._reloading:
+            old = {model.folder: model for model in self._models}
+            models: list[Model] = []
+            said = []
+            for folder in self._wanted():
+                present = old.get(folder)
+                try:
+                    if present is not None and present.digest == _digest(folder):
+                        models.append(present)
+                        continue
+                    model = self._load(folder)
+                    try:
+                        _refuse_twins([*models, model])
+                    except ServerError:
+                        model.scheduler.close()
+                        raise
+                    models.append(model)
+                    said.append(f"loaded {model.name} from {folder}")
+                except VoxgateError as error:
+                    said.append(f"kept the old {folder.name}: {error}" if present else str(error))
+                    models += [present] if present else []
+            retired = [model for model in old.values() if model not in models]
+            said += [f"let go of {m.name} from {m.folder}" for m in retired]
+            if not models:
+                return [*said, "nothing is left to serve, so nothing was changed"]
+            with self._lock:
+                self._models = tuple(models)
+            self._close_unused(retired)
+            return said
+
+    def has_changed(self) -> bool:
+        """Whether `reload` would find bundles to load or to let go of."""
+        loaded = {model.folder: model.digest for model in self._models}
+        return {folder: _digest(folder) for folder in self._wanted()} != loaded
+
+    def close(self) -> None:
+        """Let go of every model, when its requests have ended."""
+        retired = self._models
+        with self._lock:
+            self._models = ()
+        self._close_unused(retired)
+
+    def _wanted(self) -> list[Path]:
+        if self._watched is None:
+            return list(self._folders)
+        found = sorted(path.parent for path in self._watched.glob(f"*/{CONFIG_NAME}"))
+        return [*self._folders, *(folder for folder in found if folder not in self._folders)]
+
+    def _close_unused(self, models: Sequence[Model]) -> None:
+        for model in models:
+            with self._lock:
+                if model in self._models or self._n_users[model] > 0:
+                    continue
+                del self._n_users[model]
+            model.scheduler.close()
+
+
+def _refuse_twins(models: Sequence[Model]) -> None:
+    for model in models[:-1]:
+        if model.name == models[-1].name:
+            raise ServerError(
+                f"{model.folder} and {models[-1].folder} are both named {model.name!r}; "
+                "export one of them with another --name"
+            )
+
+
+def _digest(folder: Path) -> str:
+    try:
+        return hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()
+    except OSError:  # loading it says what is wrong
+        return ""
+
+
+def _primary(language: str) -> str:
+    return language.replace("_", "-").split("-")[0].lower()

@@ -1,0 +1,302 @@
+"""Which work the acoustic model does next: windows and utterances of all requests, as batches.
+
+Requests call an engine from their own threads, as if each had the model to itself. Their inputs
+wait in two queues, live before offline; lanes, one thread each, take what fits into one batch. An
+offline batch cannot be interrupted, so while streams are open one lane is left to them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from service.engine import AcousticEngine, FloatArray, Provider, StreamingEngine, StreamState
+
+Priority = Literal["live", "offline"]
+Observe = Callable[[str, int, float], object]
+"""Told of each batch: its kind, its size, and the seconds its first input waited."""
+
+BUCKET_FRAMES: Final = 200
+"""Utterances whose lengths differ by less may share a batch."""
+_PRIORITIES: Final[tuple[Priority, ...]] = ("live", "offline")
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How much is run at once."""
+
+    n_lanes: int = 1
+    """Batches that run at the same time, one thread each."""
+    most_windows: int = 4
+    """Windows of streams in a batch."""
+    most_utterances: int = 1
+    """Utterances in a batch: on a processor one alone is fastest, and its text depends on nothing
+    else."""
+    longest_wait_s: float = 0.0
+    """How long a batch that is not full waits for more."""
+
+
+def default_batches(
+    provider: Provider,
+    *,
+    n_threads: int,
+    most_windows: int | None = None,
+    most_utterances: int | None = None,
+    longest_wait_s: float = 0.0,
+) -> BatchSettings:
+    """What suits a provider, where the caller does not say.
+
+    A processor gains nothing from batches of utterances and little from more than four windows; a
+    GPU runs one large batch at a time.
+    """
+    is_cpu = provider == "cpu"
+    return BatchSettings(
+        n_lanes=n_threads if is_cpu else 1,
+        most_windows=most_windows or (4 if is_cpu else 64),
+        most_utterances=most_utterances or (1 if is_cpu else 16),
+        longest_wait_s=longest_wait_s,
+    )
+
+
+@dataclass
+class _Job:
+    kind: str
+    bucket: Hashable
+    """Only inputs of equal kind and bucket share a batch."""
+    inputs: tuple[Any, ...]
+    arrival: float = field(default_factory=time.monotonic)
+    done: threading.Event = field(default_factory=threading.Event)
+    output: Any = None
+    error: BaseException | None = None
+
+    def result(self) -> Any:  # noqa: ANN401  # the engines below know its type
+        """Wait for the output; what its batch raised is raised here."""
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
+        return self.output
+
+
+class Scheduler:
+    """Runs one model's graphs for many threads. Close it when no request uses it any more."""
+
+    def __init__(
+        self,
+        engine: AcousticEngine,
+        streaming_engine: StreamingEngine,
+        settings: BatchSettings,
+        *,
+        observe: Observe = lambda *_: None,
+    ) -> None:
+        self._engine = engine
+        self._streaming_engine = streaming_engine
+        self._settings = settings
+        self._observe = observe
+        self._changed = threading.Condition()
+        self._waiting: dict[Priority, deque[_Job]] = {name: deque() for name in _PRIORITIES}
+        self._n_offline = 0  # lanes busy with offline work
+        self._n_streams = 0
+        self._is_closed = False
+        self._lanes = [
+            threading.Thread(target=self._work, name=f"lane-{i}", daemon=True)
+            for i in range(settings.n_lanes)
+        ]
+        for lane in self._lanes:
+            lane.start()
+
+    def engine(self, priority: Priority) -> AcousticEngine:
+        """An engine whose utterances take their turn here."""
+        return _TurnEngine(self, self._engine, priority)
+
+    def streaming_engine(self, priority: Priority) -> StreamingEngine:
+        """An engine whose windows take their turn here."""
+        return _TurnStreamingEngine(self, self._streaming_engine, priority)
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """While it is open, offline work leaves a lane free."""
+        with self._changed:
+            self._n_streams += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._n_streams -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """End the lanes when what waits is done."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        for lane in self._lanes:
+            lane.join()
+
+    def submit(
+        self, kind: str, bucket: Hashable, inputs: tuple[Any, ...], priority: Priority
+    ) -> _Job:
+        """Put an input into its queue."""
+        job = _Job(kind, bucket, inputs)
+        with self._changed:
+            assert not self._is_closed, "the model was closed under a request"
+            self._waiting[priority].append(job)
+            self._changed.notify()
+        return job
+
+    def _work(self) -> None:
+        while (taken := self._take()) is not None:
+            priority, batch = taken
+            self._observe(batch[0].kind, len(batch), time.monotonic() - batch[0].arrival)
+            try:
+                run = self._run_windows if batch[0].kind == "window" else self._run_utterances
+                for job, output in zip(batch, run([job.inputs for job in batch]), strict=True):
+                    job.output = output
+            except BaseException as error:  # noqa: BLE001  # it belongs to the requests
+                for job in batch:
+                    job.error = error
+            for job in batch:
+                job.done.set()
+            if priority == "offline":
+                with self._changed:
+                    self._n_offline -= 1
+                    self._changed.notify()
+
+    def _take(self) -> tuple[Priority, list[_Job]] | None:
+        """The next batch; None when there will be no more."""
+        with self._changed:
+            while True:
+                priority = self._next_priority()
+                if priority is None:
+                    if self._is_closed and not any(self._waiting.values()):
+                        self._changed.notify_all()
+                        return None
+                    self._changed.wait()
+                    continue
+                first = self._waiting[priority][0]
+                batch = self._fitting(priority, first)
+                wait_s = first.arrival + self._settings.longest_wait_s - time.monotonic()
+                if len(batch) < self._most(first) and wait_s > 0 and self._n_streams > 1:
+                    self._changed.wait(wait_s)
+                    continue
+                for job in batch:
+                    self._waiting[priority].remove(job)
+                self._n_offline += priority == "offline"
+                return priority, batch
+
+    def _next_priority(self) -> Priority | None:
+        if self._waiting["live"]:
+            return "live"
+        n_reserved = 1 if self._n_streams else 0
+        n_allowed = max(1, self._settings.n_lanes - n_reserved)
+        return "offline" if self._waiting["offline"] and self._n_offline < n_allowed else None
+
+    def _fitting(self, priority: Priority, first: _Job) -> list[_Job]:
+        fitting = (
+            job
+            for job in self._waiting[priority]
+            if job.kind == first.kind and job.bucket == first.bucket
+        )
+        return [job for job, _ in zip(fitting, range(self._most(first)), strict=False)]
+
+    def _most(self, job: _Job) -> int:
+        settings = self._settings
+        return settings.most_windows if job.kind == "window" else settings.most_utterances
+
+    def _run_windows(self, inputs: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+        """Run windows of the same shape: inputs are features, length, chunk, state."""
+        features, lengths, chunks, states = zip(*inputs, strict=True)
+        if len(inputs) == 1:
+            return [
+                self._streaming_engine.step(
+                    features[0], lengths[0], n_chunk_frames=chunks[0], state=states[0]
+                )
+            ]
+        state = StreamState(*(np.concatenate(parts) for parts in zip(*states, strict=True)))
+        log_probs, n_frames, after = self._streaming_engine.step(
+            np.concatenate(features),
+            np.concatenate(lengths),
+            n_chunk_frames=chunks[0],
+            state=state,
+        )
+        rows = [slice(i, i + 1) for i in range(len(inputs))]
+        return [
+            (log_probs[row], n_frames[row], StreamState(*(part[row] for part in after)))
+            for row in rows
+        ]
+
+    def _run_utterances(self, inputs: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
+        """Run utterances of similar length: inputs are features and length."""
+        if len(inputs) == 1:
+            return [self._engine.log_probs(*inputs[0])]
+        lengths = np.concatenate([length for _, length in inputs])
+        batch = np.zeros((len(inputs), lengths.max(), inputs[0][0].shape[2]), np.float32)
+        for row, (features, _) in enumerate(inputs):
+            batch[row, : features.shape[1]] = features[0]
+        log_probs = self._engine.log_probs(batch, lengths)
+        return [log_probs[i : i + 1] for i in range(len(inputs))]
+
+
+class _TurnEngine:
+    def __init__(self, scheduler: Scheduler, engine: AcousticEngine, priority: Priority) -> None:
+        self._scheduler = scheduler
+        self._engine = engine
+        self._priority = priority
+
+    def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
+        """Compute the log_probs of utterances, each in its turn; see `AcousticEngine`."""
+        jobs = [
+            self._scheduler.submit(
+                "utterance",
+                int(n_frames) // BUCKET_FRAMES,
+                (features[i : i + 1, :n_frames], feature_lengths[i : i + 1]),
+                self._priority,
+            )
+            for i, n_frames in enumerate(feature_lengths)
+        ]
+        rows = [job.result() for job in jobs]
+        if len(rows) == 1:
+            found: FloatArray = rows[0]
+            return found
+        n_frames = max(row.shape[1] for row in rows)
+        log_probs = np.zeros((len(rows), n_frames, rows[0].shape[2]), np.float32)
+        for i, row in enumerate(rows):
+            log_probs[i, : row.shape[1]] = row[0]
+        return log_probs
+
+
+class _TurnStreamingEngine:
+    def __init__(self, scheduler: Scheduler, engine: StreamingEngine, priority: Priority) -> None:
+        self._scheduler = scheduler
+        self._engine = engine
+        self._priority = priority
+
+    def initial_state(self, batch_size: int = 1) -> StreamState:
+        """The state at the start of `batch_size` streams: zeros."""
+        return self._engine.initial_state(batch_size)
+
+    def step(
+        self,
+        features: FloatArray,
+        feature_lengths: npt.NDArray[np.int64],
+        *,
+        n_chunk_frames: int,
+        state: StreamState,
+    ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
+        """Read one window in its turn; see `StreamingEngine`."""
+        assert len(features) == 1, "streams read their windows one by one"
+        job = self._scheduler.submit(
+            "window",
+            (n_chunk_frames, features.shape[1]),
+            (features, feature_lengths, n_chunk_frames, state),
+            self._priority,
+        )
+        found: tuple[FloatArray, npt.NDArray[np.int64], StreamState] = job.result()
+        return found
