@@ -4,11 +4,12 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
   $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
   && { command -v $$p; break; }; done)
 VENV := .venv
+CLIENTS := .venv-interop
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help transcribe test check stubs lmplz install-gpu clean
+.PHONY: help transcribe test interop check stubs lmplz install-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
@@ -21,6 +22,15 @@ test: $(VENV)/.development $(BIN)/lmplz ## install what tests need, check the co
 	@$(MAKE) --no-print-directory check
 	@echo "== running the tests"
 	@$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory interop
+
+interop: $(VENV)/.development ## run Riva's and Google's own clients against the server
+	@if tests/interop/install.sh $(BIN)/python $(CLIENTS); then \
+	  echo "== running the tests with Riva's and Google's clients"; \
+	  $(BIN)/python -m pytest tests/interop; \
+	else \
+	  echo "NOT RUN: tests with Riva's and Google's clients, which could not be installed"; \
+	fi
 
 check: $(VENV)/.development ## lint and type-check
 	@echo "== checking style and types"
@@ -39,7 +49,7 @@ install-gpu: $(VENV)/.runtime ## replace onnxruntime by onnxruntime-gpu
 	@$(PIP) install --progress-bar on 'onnxruntime-gpu[cuda,cudnn]'
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info build
+	rm -rf $(VENV) $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache *.egg-info build
 
 $(VENV)/.prerequisites:
 	@test -n "$(PYTHON)" || { echo "Voxgate needs Python 3.10, 3.11 or 3.12; none was found. Install one, or name it: make PYTHON=/path/to/python" >&2; exit 1; }

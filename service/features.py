@@ -108,11 +108,16 @@ class FeatureStream:
 
 
 def _log_mel_block(waveform: FloatArray, settings: FeatureSettings) -> FloatArray:
-    windows = np.lib.stride_tricks.sliding_window_view(waveform, settings.window_samples)
-    frames = windows[:: settings.hop_samples].astype(np.float64)  # (frames, window)
+    n_samples, step = settings.window_samples, waveform.strides[0]
+    windows = np.lib.stride_tricks.as_strided(
+        waveform,
+        (count_frames(len(waveform), settings), n_samples),
+        (settings.hop_samples * step, step),
+    )
+    frames = windows.astype(np.float64)  # (frames, window)
     frames -= frames.mean(axis=1, keepdims=True)
     emphasised = frames - settings.preemphasis * np.concatenate([frames[:, :1], frames[:, :-1]], 1)
-    spectrum = np.fft.rfft(emphasised * _povey_window(settings.window_samples), _n_fft(settings))
+    spectrum = np.fft.rfft(emphasised * _povey_window(n_samples), _n_fft(settings))
     power = spectrum.real**2 + spectrum.imag**2  # (frames, n_fft / 2 + 1)
     energies = power @ _mel_filters(settings)  # (frames, mel)
     log_energies: FloatArray = np.log(np.maximum(energies, _ENERGY_FLOOR)).astype(np.float32)

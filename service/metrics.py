@@ -26,7 +26,7 @@ class Metrics:
     """All figures of one server."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.audio = Counter(
             "voxgate_audio_seconds", "Audio recognised.", ["kind"], registry=self.registry

@@ -166,15 +166,17 @@ class Models:
             old = {model.folder: model for model in self._models}
             models: list[Model] = []
             said = []
-            for folder in self._wanted():
+            wanted = self._wanted()
+            for number, folder in enumerate(wanted, start=1):
                 present = old.get(folder)
                 try:
                     if present is not None and present.digest == _digest(folder):
                         models.append(present)
                         continue
                     model = self._load(folder)
+                    later = [old[other] for other in wanted[number:] if other in old]
                     try:
-                        _refuse_twins([*models, model])
+                        _refuse_twins([*models, *later, model])
                     except ServerError:
                         model.scheduler.close()
                         raise

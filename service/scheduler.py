@@ -189,6 +189,8 @@ class Scheduler:
                 for job in batch:
                     self._waiting[priority].remove(job)
                 self._n_offline += priority == "offline"
+                if any(self._waiting.values()):
+                    self._changed.notify()  # a lane whose wait has just timed out was told of it
                 return priority, batch
 
     def _next_priority(self) -> Priority | None:

@@ -16,7 +16,7 @@ import secrets
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,7 +368,8 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc 
 def _refusal(reason: str) -> grpc.RpcMethodHandler:
     """A handler that ends a call of any kind before its request is read, however large that is."""
 
-    async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
+    async def refuse(_: object, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, reason)
+        yield  # as the handler of a stream does
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -123,6 +123,11 @@ class Segmenter:
         return self._first
 
     @property
+    def known_end(self) -> int:
+        """Output frame of the stream up to which log_probs are known."""
+        return self._first + len(self._settled) + len(self._tentative())
+
+    @property
     def n_settled(self) -> int:
         """Settled output frames of the running utterance."""
         return len(self._settled)

@@ -74,6 +74,13 @@ class Update:
 
 
 @dataclass(frozen=True)
+class _TimedOut:
+    """Nobody has spoken for as long as the request allows."""
+
+    time_s: float
+
+
+@dataclass(frozen=True)
 class _Reading:
     """The words of a running utterance; frames count from the start of the stream."""
 
@@ -224,8 +231,7 @@ class _Channel:
         if self.is_done:
             return []
         self._n_samples += len(waveform)
-        updates = self._handle(self._segmenter.push(self._features.push(waveform)))
-        return updates + self._look_for_timeout()
+        return self._handle(self._listen(self._features.push(waveform)))
 
     def end_utterance(self) -> list[Update]:
         return [] if self.is_done else self._handle(self._segmenter.end_utterance())
@@ -235,17 +241,23 @@ class _Channel:
             return []
         return self._handle(self._segmenter.finish(), must_answer=not self._has_final)
 
-    def _look_for_timeout(self) -> list[Update]:
-        """End the stream where nobody has spoken for as long as the request allows."""
-        if self.is_done or self._quiet_since_s is None or self._quiet_limit_s is None:
-            return []
-        end_s = self._quiet_since_s + self._quiet_limit_s
-        if self.audio_s < end_s:
-            return []
-        self.is_done = True
-        return [Update(event=SpeechEvent.TIMEOUT, time_s=end_s)]
+    def _listen(self, features: FloatArray) -> Iterator[Event | _TimedOut]:
+        """What happens in the features, and where nobody has spoken for as long as is allowed."""
+        request = self._request
+        if request.speech_start_timeout_s is None and request.speech_end_timeout_s is None:
+            yield from self._segmenter.push(features)
+            return
+        for i in range(len(features)):  # the time is over at the same frame however bytes were cut
+            yield from self._segmenter.push(features[i : i + 1])
+            if self._quiet_since_s is None or self._quiet_limit_s is None:
+                continue
+            end_s = self._quiet_since_s + self._quiet_limit_s
+            if self._segmenter.known_end * self._recogniser.frame_s >= end_s:
+                yield _TimedOut(end_s)
 
-    def _handle(self, events: Iterable[Event], *, must_answer: bool = False) -> list[Update]:
+    def _handle(
+        self, events: Iterable[Event | _TimedOut], *, must_answer: bool = False
+    ) -> list[Update]:
         """What the events are told as; the last interim reading of several is enough."""
         updates: list[Update] = []
         reading: _Reading | None = None
@@ -258,6 +270,9 @@ class _Channel:
                 reading = None
                 if self.is_done:
                     return updates
+            elif isinstance(event, _TimedOut):
+                self.is_done = True
+                return [*updates, Update(event=SpeechEvent.TIMEOUT, time_s=event.time_s)]
             elif self._interim_results:
                 reading = self._read_running()
                 self._commit(reading, everything=event.is_pause)

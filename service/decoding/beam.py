@@ -501,20 +501,21 @@ class BeamSearch:
         ends = [place[node] + 1 for node in spans.last.tolist()]
         starts = np.array(begins)
         n_tokens = np.array(ends) - starts
-        peaks = state.peak[nodes].astype(np.float64)
-        entropies = state.entropy[nodes].astype(np.float64)
-        parts = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        # tokens of words one after another, without what is between them
+        of_words = np.concatenate([nodes[b:e] for b, e in zip(begins, ends, strict=True)])
+        firsts = np.concatenate([[0], np.cumsum(n_tokens)[:-1]])
+        entropies = state.entropy[of_words].astype(np.float64)
         return _Piece(
             words=tuple(
-                self._word_text(word, state.token[nodes[part]])
-                for word, part in zip(spans.word.tolist(), parts, strict=True)
+                self._word_text(word, state.token[nodes[begin:end]])
+                for word, begin, end in zip(spans.word.tolist(), begins, ends, strict=True)
             ),
             first_frame=first[starts],
             last_frame=last[np.array(ends) - 1],
             share=share,
-            lowest_peak=np.array([peaks[part].min() for part in parts]),
-            mean_entropy=np.array([entropies[part].mean() for part in parts]),
-            highest_entropy=np.array([entropies[part].max() for part in parts]),
+            lowest_peak=np.minimum.reduceat(state.peak[of_words].astype(np.float64), firsts),
+            mean_entropy=np.add.reduceat(entropies, firsts) / n_tokens,
+            highest_entropy=np.maximum.reduceat(entropies, firsts),
             n_tokens=n_tokens,
         )
 
