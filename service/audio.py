@@ -37,7 +37,7 @@ HIGHEST_RATE: Final = 384_000
 MOST_CHANNELS: Final = 32
 
 _PIECE_BYTES: Final = 1 << 20
-_BLOCK_FRAMES: Final = 1 << 22  # soundfile seeks after each block, which mp3 pays for
+_BLOCK_FRAMES: Final = 1 << 18
 _BLOCK_SAMPLES: Final = 1 << 23  # of all channels together
 _SNIFF_BYTES: Final = 12
 _LOUDEST: Final = 1e6  # float samples beyond are no audio, and could overflow in what follows
@@ -173,8 +173,9 @@ class AudioStream:
                 "the audio has samples that are not numbers (NaN or infinite) or far too large; "
                 "expected values between -1 and 1: repair or re-encode the recording"
             )
-        if not self._separate_channels:
-            frames = frames.mean(axis=1, dtype=np.float32)  # (time,)
+        if not self._separate_channels:  # (time, channel) → (time,)
+            is_mono = frames.shape[1] == 1
+            frames = frames[:, 0] if is_mono else frames.mean(axis=1, dtype=np.float32)
         if self._resampler is None:
             if not reader.is_open:
                 return frames
@@ -393,6 +394,17 @@ class _WavReader:
         return self._pcm.duration_s(len(data) - self._to_skip)
 
 
+class _ForwardFile(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """Reads on from block to block.
+
+    soundfile seeks after each block of what can be sought, which fails in a FLAC of unknown length
+    and is heard in an mp3.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
 class _ContainerReader:
     """Collects a compressed file and lets libsndfile decode it once it is complete."""
 
@@ -412,7 +424,7 @@ class _ContainerReader:
     def finish(self) -> Iterator[FloatArray]:
         self._data.seek(0)
         try:
-            with soundfile.SoundFile(self._data) as file:
+            with _ForwardFile(self._data) as file:
                 _check_layout(file.samplerate, file.channels)
                 _check_claims(self._format, self._name, file.samplerate, file.channels)
                 self.sample_rate, self.n_channels = file.samplerate, file.channels

@@ -1,7 +1,8 @@
 """Carries out requests: the one place between the APIs and the recogniser.
 
-Every API translates its messages into a request and what comes back into its messages. Streams go
-before recordings: they have threads of their own, and the scheduler takes their work first.
+Every API translates its messages into a request and what comes back into its messages. A stream's
+own code runs as fibers on the event loop's thread, a recording's on one of a few threads; what
+takes long, the scheduler runs for both, streams first.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from service.admission import Admission
 from service.audio import AudioStream, Stopwatch, decode_blocks, duration_hint_s
 from service.errors import AudioError, IdleError
+from service.fibers import run_fiber
 from service.metrics import Metrics
 from service.models import Model, Models
 from service.profanity import mask_segment
@@ -29,8 +31,8 @@ from service.session import Session, Update
 T = TypeVar("T")
 
 _HEAD_BYTES: Final = 1 << 16
-_STREAM_THREADS: Final = 64
-"""They mostly wait for their turn at the model."""
+_OTHER_THREADS: Final = 8
+"""For what would keep the event loop: phrases at a stream's start, compressed audio at its end."""
 
 
 class EndUtterance:
@@ -76,21 +78,24 @@ class Calls:
         self.admission = admission
         self.metrics = metrics
         self._default_decoder: DecoderName = default_decoder
-        self._stream_threads = ThreadPoolExecutor(_STREAM_THREADS, thread_name_prefix="stream")
+        self._other_threads = ThreadPoolExecutor(_OTHER_THREADS, thread_name_prefix="other")
         self._recording_threads = ThreadPoolExecutor(n_threads, thread_name_prefix="recording")
 
     def close(self) -> None:
         """Let go of the threads and the models when the work at hand is done."""
-        self._stream_threads.shutdown()
+        self._other_threads.shutdown()
         self._recording_threads.shutdown(cancel_futures=True)
         self.models.close()
 
-    def check(self, request: Request) -> None:
+    async def check(self, request: Request) -> None:
         """Refuse at once what cannot be served.
 
         Raises:
             InputError: no such model, language or decoder, or a phrase that cannot be used.
         """
+        await self._run(self._other_threads, self._check, request)  # phrases can take seconds
+
+    def _check(self, request: Request) -> None:
         model = self.models.choose(request.model, request.language)
         decoder = self._decoder_of(request, model)
         model.live.decoder(decoder).open(phrases=request.phrases)
@@ -126,11 +131,11 @@ class Calls:
         is_over = threading.Event()
         with self.admission.recording(audio_s):
             try:
-                return await self._run(
+                return await asyncio.get_running_loop().run_in_executor(
                     self._recording_threads, self._recognise, request, content, is_over, on_audio
                 )
             finally:
-                is_over.set()
+                is_over.set()  # a thread that is not done yet ends at the next utterance
 
     async def stream(
         self, request: StreamRequest, pieces: AsyncIterator[Piece], *, client: str | None
@@ -157,23 +162,21 @@ class Calls:
             model.scheduler.stream(),
             _Watch(self.admission.limits.idle_s) as watch,
         ):
-            session = await self._run(self._stream_threads, self._open, request, model)
+            session = await self._run(self._other_threads, self._open, request, model)
             try:
                 async for piece in watch.over(pieces):
                     start = time.perf_counter()
                     is_end = isinstance(piece, EndUtterance)
                     step = session.end_utterance if is_end else session.push
                     arguments = () if is_end else (piece,)
-                    updates = await self._run(self._stream_threads, step, *arguments)
+                    updates = await run_fiber(step, *arguments)
                     self.metrics.stream_step.observe(time.perf_counter() - start)
                     for update in updates:
                         yield self._told(update, request), model.language
                     if session.is_done:
                         return
                 last = session.finish()
-                while (
-                    found := await self._run(self._stream_threads, next, last, None)
-                ) is not None:
+                while (found := await self._run(self._other_threads, next, last, None)) is not None:
                     yield self._told(found, request), model.language
             finally:
                 self.metrics.audio.labels("stream").inc(session.audio_s)
@@ -261,12 +264,14 @@ class Calls:
 
     async def _run(self, threads: Executor, work: Callable[..., T], *arguments: object) -> T:
         """Run work on a thread; a call that is cancelled waits until the thread has let go."""
-        future = asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
+        running = threads.submit(work, *arguments)
+        ended = asyncio.wrap_future(running)
         try:
-            return await asyncio.shield(future)
+            return await asyncio.shield(ended)
         except asyncio.CancelledError:
-            if not future.cancel():
-                await asyncio.wait([future])
+            if not running.cancel():
+                await asyncio.wait([ended])
+                ended.exception()  # nobody is left to hear of it
             raise
 
 

@@ -12,6 +12,8 @@ import importlib.util
 import json
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, NoReturn
@@ -387,7 +389,17 @@ def serve(  # noqa: PLR0913  # every option is an argument
         longest_connection_s=max_connection_age,
         grace_s=grace,
     )
-    asyncio.run(run(settings, on_listening=lambda said: logger.info("listening on %s", said)))
+
+    def say(address: str, names: Sequence[str]) -> None:
+        logger.info(
+            "listening on %s: %s, %s, %d thread(s)",
+            address,
+            ", ".join(names),
+            provider.value,
+            n_threads,
+        )
+
+    asyncio.run(run(settings, on_listening=say))
 
 
 @app.command()
@@ -473,6 +485,31 @@ def health(
     is_serving = check_health(address)
     sys.stdout.write("serving\n" if is_serving else "not serving\n")
     raise typer.Exit(0 if is_serving else 1)
+
+
+@app.command()
+def doctor(
+    *,
+    bundle: Annotated[
+        list[Path] | None,
+        typer.Option("--bundle", metavar="DIR", help="Model folder; may be given several times."),
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option("--models", metavar="DIR", help="Folder of model folders.")
+    ] = None,
+    address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """Say what is installed and what to fix; exit status 1 if something must be fixed."""
+    from service.doctor import examine, print_findings  # noqa: PLC0415
+
+    findings = examine(bundles=bundle or [], models=models, address=address)
+    if as_json:
+        found = list(findings)
+        sys.stdout.write(json.dumps([asdict(finding) for finding in found], indent=2) + "\n")
+    else:
+        found = print_findings(findings, Console(markup=False, highlight=False, soft_wrap=True))
+    raise typer.Exit(1 if any(finding.is_error for finding in found) else 0)
 
 
 @app.command()

@@ -118,6 +118,13 @@ class Endpointer:
         return _share(flags, self._n_eou) >= self._settings.stop_threshold_eou
 
 
+def levels_db(frames: FloatArray) -> list[float]:
+    """Levels of output frames, given their log-mel energies, float32, (frame, time, mel)."""
+    energies = np.exp(frames.astype(np.float64)).sum(axis=2).max(axis=1)
+    levels: list[float] = np.maximum(_LOWEST_DB, _DB_PER_NEPER * np.log(energies)).tolist()
+    return levels
+
+
 class QuietDetector:
     """Tells quiet frames from loud ones by the range between a stream's floor and its peaks."""
 
@@ -129,8 +136,10 @@ class QuietDetector:
 
     def push(self, features: FloatArray) -> bool:
         """Whether an output frame is quiet, given its log-mel energies, float32, (time, mel)."""
-        energy = np.exp(features.astype(np.float64)).sum(axis=1).max()
-        level_db = max(_LOWEST_DB, float(_DB_PER_NEPER * np.log(energy)))
+        return self.push_level(levels_db(features[None])[0])
+
+    def push_level(self, level_db: float) -> bool:
+        """Whether an output frame is quiet, given its level."""
         if self._floor_db is None:
             self._floor_db = self._peak_db = level_db
         self._floor_db = min(self._floor_db + self._rise_db, level_db)

@@ -79,6 +79,10 @@ def load_model(
             recogniser,
             engine=scheduler.engine(priority),
             streaming_engine=scheduler.streaming_engine(priority),
+            decoders={
+                name: scheduler.decoder(decoder, priority)
+                for name, decoder in recogniser.decoders.items()
+            },
             utterances_at_once=batches.n_lanes * batches.most_utterances,
         )
         for priority in ("live", "offline")

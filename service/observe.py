@@ -96,6 +96,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
     def _note(self, method: str, context: grpc.aio.ServicerContext) -> Iterator[None]:
         """Log and count one call."""
         start = time.perf_counter()
+        peer = context.peer()  # of a call that is over, asking for it crashes the process
         context.set_trailing_metadata(((REQUEST_ID_KEY, request_id.get()),))
         code = grpc.StatusCode.CANCELLED  # unless it ends in another way
         try:
@@ -116,7 +117,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                     "code": code.name,
                     "seconds": round(time.perf_counter() - start, 4),
                     "client": client.name if client else None,
-                    "peer": context.peer(),
+                    "peer": peer,
                     "details": context.details() or None if code != grpc.StatusCode.OK else None,
                 },
             )

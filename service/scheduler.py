@@ -1,8 +1,9 @@
-"""Which work the acoustic model does next: windows and utterances of all requests, as batches.
+"""Which heavy work is done next: the acoustic model's windows and utterances, and searches.
 
-Requests call an engine from their own threads, as if each had the model to itself. Their inputs
-wait in two queues, live before offline; lanes, one thread each, take what fits into one batch. An
-offline batch cannot be interrupted, so while streams are open one lane is left to them.
+Requests call an engine or a decoder as if each had it to itself; in a fiber others go on until the
+result is there. The inputs wait in two queues, live before offline; lanes, one thread each, take
+what fits into one batch. An offline batch cannot be interrupted, so while streams are open one lane
+is left to them.
 """
 
 from __future__ import annotations
@@ -11,17 +12,22 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from service.decoding.hypothesis import Decoder, Hypothesis, Phrase, Search
 from service.engine import AcousticEngine, FloatArray, Provider, StreamingEngine, StreamState
+from service.fibers import wait_for
 
 Priority = Literal["live", "offline"]
-Observe = Callable[[str, int, float], object]
+Kind = Literal["window", "utterance", "search"]
+Observe = Callable[[Kind, int, float], object]
 """Told of each batch: its kind, its size, and the seconds its first input waited."""
 
 BUCKET_FRAMES: Final = 200
@@ -68,21 +74,12 @@ def default_batches(
 
 @dataclass
 class _Job:
-    kind: str
+    kind: Kind
     bucket: Hashable
     """Only inputs of equal kind and bucket share a batch."""
     inputs: tuple[Any, ...]
     arrival: float = field(default_factory=time.monotonic)
-    done: threading.Event = field(default_factory=threading.Event)
-    output: Any = None
-    error: BaseException | None = None
-
-    def result(self) -> Any:  # noqa: ANN401  # the engines below know its type
-        """Wait for the output; what its batch raised is raised here."""
-        self.done.wait()
-        if self.error is not None:
-            raise self.error
-        return self.output
+    output: Future[Any] = field(default_factory=Future)
 
 
 class Scheduler:
@@ -105,6 +102,11 @@ class Scheduler:
         self._n_offline = 0  # lanes busy with offline work
         self._n_streams = 0
         self._is_closed = False
+        self._runners: dict[Kind, Callable[[list[tuple[Any, ...]]], Sequence[Any]]] = {
+            "window": self._run_windows,
+            "utterance": self._run_utterances,
+            "search": lambda inputs: [work() for (work,) in inputs],
+        }
         self._lanes = [
             threading.Thread(target=self._work, name=f"lane-{i}", daemon=True)
             for i in range(settings.n_lanes)
@@ -140,30 +142,34 @@ class Scheduler:
         for lane in self._lanes:
             lane.join()
 
+    def decoder(self, decoder: Decoder, priority: Priority) -> Decoder:
+        """A decoder whose searches take their turn here."""
+        return _TurnDecoder(self, decoder, priority)
+
     def submit(
-        self, kind: str, bucket: Hashable, inputs: tuple[Any, ...], priority: Priority
-    ) -> _Job:
-        """Put an input into its queue."""
+        self, kind: Kind, bucket: Hashable, inputs: tuple[Any, ...], priority: Priority
+    ) -> Future[Any]:
+        """Put an input into its queue; the future gets its output, or what its batch raised."""
         job = _Job(kind, bucket, inputs)
         with self._changed:
             assert not self._is_closed, "the model was closed under a request"
             self._waiting[priority].append(job)
             self._changed.notify()
-        return job
+        return job.output
 
     def _work(self) -> None:
         while (taken := self._take()) is not None:
             priority, batch = taken
             self._observe(batch[0].kind, len(batch), time.monotonic() - batch[0].arrival)
+            run = self._runners[batch[0].kind]
             try:
-                run = self._run_windows if batch[0].kind == "window" else self._run_utterances
-                for job, output in zip(batch, run([job.inputs for job in batch]), strict=True):
-                    job.output = output
+                outputs = run([job.inputs for job in batch])
             except BaseException as error:  # noqa: BLE001  # it belongs to the requests
                 for job in batch:
-                    job.error = error
-            for job in batch:
-                job.done.set()
+                    job.output.set_exception(error)
+            else:
+                for job, output in zip(batch, outputs, strict=True):
+                    job.output.set_result(output)
             if priority == "offline":
                 with self._changed:
                     self._n_offline -= 1
@@ -210,7 +216,8 @@ class Scheduler:
 
     def _most(self, job: _Job) -> int:
         settings = self._settings
-        return settings.most_windows if job.kind == "window" else settings.most_utterances
+        most = {"window": settings.most_windows, "utterance": settings.most_utterances}
+        return most.get(job.kind, 1)
 
     def _run_windows(self, inputs: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
         """Run windows of the same shape: inputs are features, length, chunk, state."""
@@ -254,7 +261,7 @@ class _TurnEngine:
 
     def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
         """Compute the log_probs of utterances, each in its turn; see `AcousticEngine`."""
-        jobs = [
+        outputs = [
             self._scheduler.submit(
                 "utterance",
                 int(n_frames) // BUCKET_FRAMES,
@@ -263,7 +270,7 @@ class _TurnEngine:
             )
             for i, n_frames in enumerate(feature_lengths)
         ]
-        rows = [job.result() for job in jobs]
+        rows = [wait_for(output) for output in outputs]
         if len(rows) == 1:
             found: FloatArray = rows[0]
             return found
@@ -294,11 +301,57 @@ class _TurnStreamingEngine:
     ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
         """Read one window in its turn; see `StreamingEngine`."""
         assert len(features) == 1, "streams read their windows one by one"
-        job = self._scheduler.submit(
+        output = self._scheduler.submit(
             "window",
             (n_chunk_frames, features.shape[1]),
             (features, feature_lengths, n_chunk_frames, state),
             self._priority,
         )
-        found: tuple[FloatArray, npt.NDArray[np.int64], StreamState] = job.result()
+        found: tuple[FloatArray, npt.NDArray[np.int64], StreamState] = wait_for(output)
         return found
+
+
+class _TurnDecoder:
+    def __init__(self, scheduler: Scheduler, decoder: Decoder, priority: Priority) -> None:
+        self._scheduler = scheduler
+        self._decoder = decoder
+        self._priority = priority
+
+    def decode(
+        self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
+    ) -> list[Hypothesis]:
+        """Search in its turn; see `Decoder`."""
+        work = partial(self._decoder.decode, emission, n_best=n_best, phrases=phrases)
+        found: list[Hypothesis] = self._run(work)
+        return found
+
+    def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
+        """Begin a search whose steps take their turn; see `Decoder`."""
+        search = self._decoder.open(phrases=phrases)
+        return None if search is None else _TurnSearch(self._run, search)
+
+    def _run(self, work: Callable[[], Any]) -> Any:  # noqa: ANN401  # of the work
+        return wait_for(self._scheduler.submit("search", id(work), (work,), self._priority))
+
+
+class _TurnSearch:
+    def __init__(self, run: Callable[[Callable[[], Any]], Any], search: Search) -> None:
+        self._run = run
+        self._search = search
+
+    def push(self, log_probs: FloatArray) -> None:
+        """Read frames in its turn; see `Search`."""
+        if len(log_probs):
+            self._run(partial(self._search.push, log_probs))
+
+    def fork(self) -> Search:
+        """An independent copy."""
+        return _TurnSearch(self._run, self._search.fork())
+
+    def best(self) -> Hypothesis:
+        """The best reading so far."""
+        return self._search.best()
+
+    def n_shared_words(self) -> int:
+        """How many words every reading begins with; see `Search`."""
+        return self._search.n_shared_words()

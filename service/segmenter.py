@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from service.endpointing import Endpointer, EndpointSettings, QuietDetector
+from service.endpointing import Endpointer, EndpointSettings, QuietDetector, levels_db
 from service.first_pass import FirstPass
 from service.text import BLANK
 
@@ -142,8 +142,11 @@ class Segmenter:
             features = np.concatenate([self._waiting, features])
         n_whole = len(features) // self._subsampling * self._subsampling
         self._waiting = features[n_whole:].copy()
-        for start in range(0, n_whole, self._subsampling):
-            yield from self._advance(features[start : start + self._subsampling])
+        if n_whole == 0:
+            return
+        frames = features[:n_whole].reshape(-1, self._subsampling, features.shape[1])
+        for frame, level_db in zip(frames, levels_db(frames), strict=True):
+            yield from self._advance(frame, level_db)
 
     def end_utterance(self) -> Iterator[Event]:
         """End the running utterance here, at the sender's wish, if anybody has spoken."""
@@ -163,10 +166,10 @@ class Segmenter:
         yield from self._find_start()
         yield UtteranceEnded(self._cut(self._end, n_kept=0))
 
-    def _advance(self, features: FloatArray) -> Iterator[Event]:
-        """Take the features of one output frame."""
+    def _advance(self, features: FloatArray, level_db: float) -> Iterator[Event]:
+        """Take the features and the level of one output frame."""
         self._features.append(features)
-        self._is_quiet.append(self._detector.push(features))
+        self._is_quiet.append(self._detector.push_level(level_db))
         self._end += 1
         settled = self._first_pass.push(features)
         self._add_settled(settled)

@@ -89,12 +89,14 @@ class ServerSettings:
     """Calls under way have so long to end when the server stops."""
 
 
-async def serve(settings: ServerSettings, *, on_listening: Callable[[str], object]) -> None:
+async def serve(
+    settings: ServerSettings, *, on_listening: Callable[[str, Sequence[str]], object]
+) -> None:
     """Serve until SIGTERM or SIGINT, then let running calls end within the grace period.
 
     Args:
         settings: how.
-        on_listening: called with `host:port` once the port is open.
+        on_listening: called with `host:port` and the models' names once the port is open.
 
     Raises:
         BundleError: a bundle cannot be used.
@@ -138,7 +140,7 @@ async def serve(settings: ServerSettings, *, on_listening: Callable[[str], objec
     await server.start()
     for name in ("", *_SERVICES):
         await healths.set(name, health_pb2.HealthCheckResponse.SERVING)
-    on_listening(address)
+    on_listening(address, [model.name for model in models.loaded])
     await stop.wait()
     logger.info("stopping: running calls have %.0f s to end", settings.grace_s)
     await healths.enter_graceful_shutdown()

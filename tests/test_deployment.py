@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 from conftest import CHECKOUT
+from typer.testing import CliRunner
 
 from service.bundle import BUNDLE_VARIABLE, load_bundle
-from service.cli import DEFAULT_PORT
+from service.cli import DEFAULT_PORT, app
 from service.decoding.compiled import CACHE_VARIABLE
 
 if sys.version_info >= (3, 11):
@@ -105,6 +106,15 @@ def test_compose_is_locked_down_and_checked() -> None:
     assert compose["cap_drop"] == ["ALL"]
     assert compose["ports"] == [f"{DEFAULT_PORT}:{DEFAULT_PORT}"]
     assert compose["stop_grace_period"] == "15s"
+
+
+def test_compose_serves_with_options_that_exist() -> None:
+    command, *arguments = _compose()["command"]
+    found = CliRunner().invoke(app, [command, *arguments, "--help"])
+    assert (command, found.exit_code) == ("serve", 0)
+    options = [a for a in arguments if a.startswith("--")]
+    assert options
+    assert all(option in found.stdout for option in options)
 
 
 def test_data_lists_keep_speakers_apart() -> None:

@@ -523,3 +523,189 @@ def test_broken_audio_is_refused_and_other_sessions_go_on(
         broken.push(b"dear server, this is a letter and no audio at all. " * 20)
     updates = before + _push(other, data[32_000:]) + list(other.finish())
     assert updates == _run(recogniser, waveforms[1])
+
+
+# --- nobody speaks -------------------------------------------------------------------------------
+
+
+def _timeouts(updates: Iterable[Update]) -> list[float]:
+    return [update.time_s for update in updates if update.event is SpeechEvent.TIMEOUT]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stream_in_which_nobody_begins_to_speak_ends(
+    recogniser: Recogniser, waveforms: list[FloatArray], way: dict[str, Any]
+) -> None:
+    late = to_pcm(np.concatenate([noise(6.0), waveforms[1], noise(1.0)]))
+    session = _open(recogniser, speech_start_timeout_s=2.0, speech_events=True, **way)
+    updates = _push(session, late)
+    assert updates == [Update(event=SpeechEvent.TIMEOUT, time_s=2.0)]
+    assert session.is_done
+    assert session.push(late) == []
+    assert session.end_utterance() == []
+    assert list(session.finish()) == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stream_in_which_nobody_goes_on_speaking_ends_behind_its_final(
+    recogniser: Recogniser, waveforms: list[FloatArray], way: dict[str, Any]
+) -> None:
+    halting = np.concatenate([waveforms[1], noise(6.0), waveforms[3], noise(1.0)])
+    options: dict[str, Any] = {"speech_end_timeout_s": 3.0, "speech_events": True, **way}
+    updates = _run(recogniser, halting, **options)
+    plain = _run(recogniser, halting, speech_events=True, **way)
+    assert len(_finals(plain)) == 2
+    assert _finals(updates) == _finals(plain)[:1]
+    assert _events(updates) == [
+        SpeechEvent.SPEECH_BEGAN,
+        SpeechEvent.SPEECH_ENDED,
+        SpeechEvent.TIMEOUT,
+    ]
+    assert _timeouts(updates) == [pytest.approx(_finals(plain)[0].end_s + 3.0)]
+
+
+def test_timeouts_longer_than_the_silences_change_nothing(
+    recogniser: Recogniser, talk: FloatArray
+) -> None:
+    plain = _run(recogniser, talk, interim_results=True, speech_events=True)
+    patient = _run(
+        recogniser,
+        talk,
+        interim_results=True,
+        speech_events=True,
+        speech_start_timeout_s=5.0,
+        speech_end_timeout_s=5.0,
+    )
+    assert patient == plain
+
+
+def test_start_timeout_does_not_end_silences_after_speech_nor_end_timeout_those_before(
+    recogniser: Recogniser, waveforms: list[FloatArray]
+) -> None:
+    slow = np.concatenate([noise(4.0), waveforms[1], noise(4.0), waveforms[3], noise(1.0)])
+    assert _timeouts(_run(recogniser, slow[4 * 16_000 :], speech_start_timeout_s=2.0)) == []
+    updates = _run(recogniser, slow[: 11 * 16_000], speech_end_timeout_s=3.5)
+    assert len(_finals(updates)) == 1
+    assert _timeouts(updates) == []
+
+
+@pytest.mark.parametrize("quiet_s", [0.0, 1.0, 1.3, 5.0])
+def test_timeouts_are_the_same_for_any_chunking(
+    recogniser: Recogniser, waveforms: list[FloatArray], quiet_s: float
+) -> None:
+    waveform = np.concatenate([noise(quiet_s), waveforms[1], noise(5.0), waveforms[3]])
+    options: dict[str, Any] = {
+        "speech_start_timeout_s": 2.0,
+        "speech_end_timeout_s": 2.0,
+        "speech_events": True,
+    }
+    expected = _run(recogniser, waveform, (3200,), **options)
+    assert len(_timeouts(expected)) == 1
+    for sizes in ((1 << 20,), (1, 7_777, 401, 20_001), (64_000,)):
+        assert _run(recogniser, waveform, sizes, **options) == expected
+
+
+@pytest.mark.parametrize("profile", ["fast", "balanced", OFFLINE_PROFILE])
+def test_who_began_to_speak_in_time_is_heard_although_that_is_known_later(
+    recogniser: Recogniser, waveforms: list[FloatArray], profile: str
+) -> None:
+    options: dict[str, Any] = {"profile": profile, "speech_events": True}
+    waveform = np.concatenate([noise(1.3), waveforms[1], noise(1.0)])
+    plain = _run(recogniser, waveform, **options)
+    began_s = plain[0].time_s
+    assert began_s > 1.5
+    assert _run(recogniser, waveform, speech_start_timeout_s=began_s + 0.1, **options) == plain
+
+
+# --- separate channels ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stereo(waveforms: list[FloatArray]) -> FloatArray:
+    """Two people who speak at different times, one a channel, (time, 2)."""
+    left = np.concatenate([waveforms[1], noise(5.0)])
+    right = np.concatenate([noise(3.0), waveforms[3], noise(9.0)])[: len(left)]
+    return np.stack([left, right], axis=1)
+
+
+def _open_stereo(recogniser: Recogniser, **options: Any) -> Session:
+    audio_format = dataclasses.replace(PCM, n_channels=2)
+    request = StreamRequest(audio=audio_format, separates_channels=True, **options)
+    return Session(recogniser, request, decoder="greedy")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_channel_is_told_what_it_would_be_told_alone(
+    recogniser: Recogniser, stereo: FloatArray, way: dict[str, Any]
+) -> None:
+    options = {"speech_events": True, "interim_results": True, "n_best": 2, **way}
+    pcm = to_pcm(stereo.ravel())
+    for sizes in ((6400,), (1, 7_777, 401, 20_001)):
+        session = _open_stereo(recogniser, **options)
+        updates = _without_interim(_push(session, pcm, sizes) + list(session.finish()))
+        assert session.audio_s == pytest.approx(len(stereo) / 16_000)
+        for channel in (1, 2):
+            mine = [
+                dataclasses.replace(update, channel=0)
+                for update in updates
+                if update.channel == channel
+            ]
+            assert len(_finals(mine)) == 1
+            alone = _run(recogniser, stereo[:, channel - 1], **options)
+            assert mine == _without_interim(alone)
+
+
+def test_channels_know_nothing_of_each_other(recogniser: Recogniser, stereo: FloatArray) -> None:
+    silent = stereo.copy()
+    silent[:, 1] = 0.0
+    session = _open_stereo(recogniser)
+    updates = session.push(to_pcm(silent.ravel())) + list(session.finish())
+    texts = {u.channel: _text(u.results[0].segment) for u in updates}
+    (alone,) = _finals(_run(recogniser, stereo[:, 0]))
+    assert texts == {1: _text(alone), 2: ""}
+
+
+def test_channels_that_are_averaged_have_no_number(
+    recogniser: Recogniser, stereo: FloatArray
+) -> None:
+    request = StreamRequest(audio=dataclasses.replace(PCM, n_channels=2), speech_events=True)
+    session = Session(recogniser, request, decoder="greedy")
+    updates = session.push(to_pcm(stereo.ravel())) + list(session.finish())
+    assert len(updates) >= 3
+    assert {update.channel for update in updates} == {0}
+
+
+def test_sender_ends_the_utterances_of_all_channels(
+    recogniser: Recogniser, waveforms: list[FloatArray]
+) -> None:
+    n_samples = min(len(waveforms[1]), len(waveforms[3]))
+    both = np.stack([waveforms[1][:n_samples], waveforms[3][:n_samples]], axis=1)
+    session = _open_stereo(recogniser)
+    assert _push(session, to_pcm(both[: 2 * 16_000].ravel())) == []
+    ended = session.end_utterance()
+    assert [(u.channel, u.results[0].is_final) for u in ended] == [(1, True), (2, True)]
+    assert all(_text(u.results[0].segment) for u in ended)
+
+
+def test_stream_is_over_when_every_channel_is(recogniser: Recogniser, stereo: FloatArray) -> None:
+    session = _open_stereo(recogniser, single_utterance=True)
+    pcm = to_pcm(stereo.ravel())
+    done_at = {}
+    for start in range(0, len(pcm), 6400):
+        for update in session.push(pcm[start : start + 6400]):
+            if update.event is SpeechEvent.END_OF_SINGLE_UTTERANCE:
+                done_at[update.channel] = start
+        assert session.is_done == (len(done_at) == 2)
+    assert done_at[1] < done_at[2]
+
+
+def test_wav_header_says_how_many_channels_there_are(
+    recogniser: Recogniser, stereo: FloatArray
+) -> None:
+    file = io.BytesIO()
+    samples = np.frombuffer(to_pcm(stereo.ravel()), "<i2").reshape(-1, 2)
+    soundfile.write(file, samples, 16_000, format="WAV", subtype="PCM_16")
+    session = Session(recogniser, StreamRequest(separates_channels=True), decoder="greedy")
+    updates = _push(session, file.getvalue(), (10, 34, 6_399)) + list(session.finish())
+    expected = _open_stereo(recogniser)
+    assert updates == _push(expected, to_pcm(stereo.ravel())) + list(expected.finish())

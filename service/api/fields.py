@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import timedelta
@@ -12,7 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from service.decoding.hypothesis import Phrase
 from service.endpointing import EndpointSettings
-from service.errors import RequestError
+from service.errors import IdleError, RequestError
 from service.request import DEFAULT_BOOST
 from service.security import current_client
 
@@ -77,13 +78,20 @@ def refuse(names: Iterable[str]) -> None:
         raise RequestError(f"{name} is not served; leave it unset")
 
 
-async def read_first(requests: AsyncIterator[Any]) -> Any:  # noqa: ANN401  # of any of the APIs
+async def read_first(requests: AsyncIterator[Any], *, idle_s: float) -> Any:  # noqa: ANN401  # any API's
     """The first request of a stream, which holds its config.
 
     Raises:
         RequestError: it holds something else, or there is none.
+        IdleError: none has come after `idle_s` seconds.
     """
-    async for request in requests:
+    try:
+        request = await asyncio.wait_for(anext(requests, None), idle_s)
+    except asyncio.TimeoutError:
+        raise IdleError(
+            f"no request for {idle_s:g} s; send streaming_config as soon as the stream is open"
+        ) from None
+    if request is not None:
         kind = request.WhichOneof("streaming_request")
         if kind != "streaming_config":
             raise RequestError(

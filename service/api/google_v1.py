@@ -79,7 +79,7 @@ class GoogleService(cloud_speech_pb2_grpc.SpeechServicer):
         """Begin to transcribe one recording; the operation has the result when it is done."""
         refuse(["output_config"] if request.HasField("output_config") else [])
         wanted = self._read(request.config, request.audio, context)
-        self._calls.check(wanted)
+        await self._calls.check(wanted)
         config, content = request.config, request.audio.content
         total_s = duration_hint_s(content, wanted.audio)
         client = current_client.get()
@@ -98,7 +98,8 @@ class GoogleService(cloud_speech_pb2_grpc.SpeechServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[pb.StreamingRecognizeResponse]:
         """Transcribe a stream."""
-        first = await read_first(request_iterator)
+        idle_s = self._calls.admission.limits.idle_s
+        first = await read_first(request_iterator, idle_s=idle_s)
         streaming = first.streaming_config
         self._unsupported.check(_not_served(streaming.config), context)
         timeout = streaming.voice_activity_timeout

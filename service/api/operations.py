@@ -101,6 +101,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
             raise error
         self._operations[message.name] = operation
         operation.task = asyncio.create_task(_finish(operation, running, to_response))
+        await asyncio.sleep(0)  # a task that is cancelled before it began would never say so
         return operation.describe()
 
     async def close(self) -> None:
@@ -137,7 +138,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
         del context
         self._forget_old()
         mine = [o for o in self._operations.values() if o.client == _client()]
-        start = int(request.page_token) if request.page_token.isdecimal() else 0
+        start = int(request.page_token[:9]) if request.page_token.isdecimal() else 0
         size = min(max(0, request.page_size), _LARGEST_PAGE) or _LARGEST_PAGE
         end = start + size
         return pb.ListOperationsResponse(

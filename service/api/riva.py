@@ -67,7 +67,8 @@ class RivaService(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
         context: grpc.aio.ServicerContext,
     ) -> AsyncIterator[pb.StreamingRecognizeResponse]:
         """Transcribe a stream."""
-        first = await read_first(request_iterator)
+        idle_s = self._calls.admission.limits.idle_s
+        first = await read_first(request_iterator, idle_s=idle_s)
         streaming = first.streaming_config
         config = streaming.config
         self._unsupported.check(_not_served(config), context)

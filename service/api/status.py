@@ -36,6 +36,8 @@ _CODES: Final[tuple[tuple[type[VoxgateError], grpc.StatusCode], ...]] = (
     (BundleError, grpc.StatusCode.FAILED_PRECONDITION),
     (ProviderError, grpc.StatusCode.FAILED_PRECONDITION),
 )
+_MOST_DETAILS: Final = 600
+"""Characters of a status; percent-encoded they fit into the 8 KiB of trailers that clients take."""
 _INTERNAL: Final = "internal error; the server's log has the cause"
 
 
@@ -64,9 +66,17 @@ def status_of(error: Exception) -> Status:
 def _describe(error: Exception) -> tuple[grpc.StatusCode, str]:
     for kind, code in _CODES:
         if isinstance(error, kind):
-            return code, str(error)
+            return code, _clip(str(error))
     logger.error("a request failed inside the server", exc_info=error)
     return grpc.StatusCode.INTERNAL, _INTERNAL
+
+
+def _clip(details: str) -> str:
+    """At most `_MOST_DETAILS` characters: messages repeat what was sent."""
+    if len(details) <= _MOST_DETAILS:
+        return details
+    half = _MOST_DETAILS // 2 - 1
+    return f"{details[:half]} … {details[-half:]}"  # what was expected stands at the end
 
 
 def _retry_hint(error: OverloadError) -> tuple[tuple[str, str | bytes], ...]:
@@ -75,7 +85,7 @@ def _retry_hint(error: OverloadError) -> tuple[tuple[str, str | bytes], ...]:
     delay.FromMilliseconds(round(1000 * error.retry_s))
     details = Any()
     details.Pack(RetryInfo(retry_delay=delay))
-    status = Status(code=Code.RESOURCE_EXHAUSTED, message=str(error), details=[details])
+    status = Status(code=Code.RESOURCE_EXHAUSTED, message=_clip(str(error)), details=[details])
     return (
         ("retry-after", f"{error.retry_s:g}"),
         ("grpc-retry-pushback-ms", str(round(1000 * error.retry_s))),

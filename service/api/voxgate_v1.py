@@ -86,7 +86,8 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
     ) -> AsyncIterator[pb.StreamingRecognizeResponse]:
         """Transcribe a stream."""
         del context
-        first = await read_first(request_iterator)
+        idle_s = self._calls.admission.limits.idle_s
+        first = await read_first(request_iterator, idle_s=idle_s)
         wanted = _to_stream_request(first.streaming_config)
         client = current_client.get()
         async for update, language in self._calls.stream(

@@ -30,6 +30,8 @@ WORD_MARK: Final = "\u2581"
 _NODES: Final = 8192
 _NODES_A_PREFIX: Final = 40
 _MOST_PHRASES: Final = 5000
+_LONGEST_PHRASE: Final = 1000  # characters
+_LONGEST_WORD: Final = 100  # letters; to pronounce one takes time with their square
 _MOST_SPELLINGS: Final = 16  # of one phrase
 _LARGEST_WEIGHT: Final = 100.0
 _CERTAIN: Final = 1e-4
@@ -286,9 +288,20 @@ class BeamDecoder:
         extra: dict[str, int] = {}
         spelled: list[tuple[list[list[int]], float]] = []
         for phrase in phrases:
+            if len(phrase.text) > _LONGEST_PHRASE:
+                raise InputError(
+                    f"a phrase has {len(phrase.text)} characters, "
+                    f"expected at most {_LONGEST_PHRASE}"
+                )
             words = normalise(phrase.text).split()
             if not words:
                 raise InputError(f"the phrase {phrase.text!r} has no word; leave it out")
+            longest = max(map(len, words))
+            if longest > _LONGEST_WORD:
+                raise InputError(
+                    f"the phrase {phrase.text!r} has a word of {longest} letters, "
+                    f"expected at most {_LONGEST_WORD}"
+                )
             if not abs(phrase.weight) <= _LARGEST_WEIGHT:
                 raise InputError(
                     f"the phrase {phrase.text!r} has weight {phrase.weight}, "
