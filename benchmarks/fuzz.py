@@ -52,8 +52,8 @@ N_THREADS: Final = 8
 _OPERATION_S: Final = 10
 _HEALTH_EVERY_S: Final = 2.0
 _MOST_SHOWN: Final = 20
-_SERVER_LIMITS: Final = ("--longest-recording", "120", "--idle-timeout", "10")
-_BOMB_S: Final = 600.0
+_SERVER_LIMITS: Final = ("--longest-recording", "30", "--idle-timeout", "10")
+_BOMB_S: Final = 100.0
 """More than a recording may have on a server that is started here."""
 _SAMPLE_RATE: Final = 16_000
 

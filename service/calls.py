@@ -217,7 +217,7 @@ class Calls:
                     decoder=decoder,
                     n_best=request.n_best,
                     phrases=request.phrases,
-                    on_audio=on_audio,
+                    on_audio=lambda seconds: on_audio(seconds / len(channels)),
                 )
                 segments += [(channel, segment) for segment in _until(is_over, found)]
             segments.sort(key=lambda pair: (pair[1].end_s, pair[0]))

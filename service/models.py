@@ -6,6 +6,7 @@ the last of them has ended.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -118,6 +119,7 @@ class Models:
         if not models:
             raise ServerError(f"{watched} holds no bundle; expected folders with a {CONFIG_NAME}")
         self._models = tuple(models)
+        self._seen = self._look()
 
     @property
     def loaded(self) -> tuple[Model, ...]:
@@ -167,6 +169,7 @@ class Models:
         A bundle that cannot be loaded changes nothing: the old one stays.
         """
         with self._reloading:
+            self._seen = self._look()
             old = {model.folder: model for model in self._models}
             models: list[Model] = []
             said = []
@@ -199,9 +202,8 @@ class Models:
             return said
 
     def has_changed(self) -> bool:
-        """Whether `reload` would find bundles to load or to let go of."""
-        loaded = {model.folder: model.digest for model in self._models}
-        return {folder: _digest(folder) for folder in self._wanted()} != loaded
+        """Whether any file of a bundle is other than when `reload` last looked."""
+        return self._look() != self._seen
 
     def close(self) -> None:
         """Let go of every model, when its requests have ended."""
@@ -209,6 +211,16 @@ class Models:
         with self._lock:
             self._models = ()
         self._close_unused(retired)
+
+    def _look(self) -> dict[Path, tuple[int, int, int]]:
+        """Files, bytes, and time of the last change of each bundle."""
+        found = {}
+        for folder in self._wanted():
+            with contextlib.suppress(OSError):  # it is being copied, or removed
+                stats = [path.stat() for path in folder.rglob("*")]
+                sizes, times = [s.st_size for s in stats], [s.st_mtime_ns for s in stats]
+                found[folder] = (len(stats), sum(sizes), max(times, default=0))
+        return found
 
     def _wanted(self) -> list[Path]:
         if self._watched is None:

@@ -67,6 +67,14 @@ class StreamRequest(Request):
     speech_end_timeout_s: float | None = None
     """The stream ends where nobody has spoken for so long after an utterance."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        has_timeout = self.speech_start_timeout_s or self.speech_end_timeout_s
+        if self.separates_channels and has_timeout:
+            raise RequestError(
+                "voice_activity_timeout is not served for separate channels; leave one of them out"
+            )
+
 
 def _check(name: str, value: int | None, lowest: int, highest: int) -> None:
     if value is not None and not lowest <= value <= highest:

@@ -47,7 +47,7 @@ class BatchSettings:
     """Utterances in a batch: on a processor one alone is fastest, and its text depends on nothing
     else."""
     longest_wait_s: float = 0.0
-    """How long a batch that is not full waits for more."""
+    """How long a batch that is not full waits for more, while several streams are open."""
 
 
 def default_batches(
@@ -160,9 +160,9 @@ class Scheduler:
     def _work(self) -> None:
         while (taken := self._take()) is not None:
             priority, batch = taken
-            self._observe(batch[0].kind, len(batch), time.monotonic() - batch[0].arrival)
             run = self._runners[batch[0].kind]
             try:
+                self._observe(batch[0].kind, len(batch), time.monotonic() - batch[0].arrival)
                 outputs = run([job.inputs for job in batch])
             except BaseException as error:  # noqa: BLE001  # it belongs to the requests
                 for job in batch:
@@ -186,10 +186,8 @@ class Scheduler:
                         return None
                     self._changed.wait()
                     continue
-                first = self._waiting[priority][0]
-                batch = self._fitting(priority, first)
-                wait_s = first.arrival + self._settings.longest_wait_s - time.monotonic()
-                if len(batch) < self._most(first) and wait_s > 0 and self._n_streams > 1:
+                batch, wait_s = self._choose(priority)
+                if not batch:
                     self._changed.wait(wait_s)
                     continue
                 for job in batch:
@@ -205,6 +203,22 @@ class Scheduler:
         n_reserved = 1 if self._n_streams else 0
         n_allowed = max(1, self._settings.n_lanes - n_reserved)
         return "offline" if self._waiting["offline"] and self._n_offline < n_allowed else None
+
+    def _choose(self, priority: Priority) -> tuple[list[_Job], float]:
+        """The first batch that is full or has waited enough; else none, and how long to wait."""
+        now = time.monotonic()
+        least_s = self._settings.longest_wait_s
+        seen: set[tuple[Kind, Hashable]] = set()
+        for first in self._waiting[priority]:
+            if (first.kind, first.bucket) in seen:
+                continue
+            seen.add((first.kind, first.bucket))
+            batch = self._fitting(priority, first)
+            wait_s = first.arrival + self._settings.longest_wait_s - now
+            if len(batch) == self._most(first) or wait_s <= 0 or self._n_streams <= 1:
+                return batch, 0.0
+            least_s = min(least_s, wait_s)
+        return [], least_s
 
     def _fitting(self, priority: Priority, first: _Job) -> list[_Job]:
         fitting = (

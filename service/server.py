@@ -236,5 +236,8 @@ async def _watch(models: Models) -> None:
 
 
 async def _reload(models: Models) -> None:
-    for line in await asyncio.get_running_loop().run_in_executor(None, models.reload):
-        logger.info("models: %s", line)
+    try:
+        for line in await asyncio.get_running_loop().run_in_executor(None, models.reload):
+            logger.info("models: %s", line)
+    except Exception:
+        logger.exception("the models could not be reloaded; those that are loaded go on")

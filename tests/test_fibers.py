@@ -21,10 +21,10 @@ def test_others_go_on_while_a_fiber_waits_and_all_run_on_one_thread() -> None:
 
     def work(number: int) -> int:
         said.append(f"{number} begins")
-        found: int = wait_for(futures[number])
+        found = int(wait_for(futures[number]))
         threads.add(threading.get_ident())
         said.append(f"{number} has {found}")
-        return found + wait_for(futures[number])
+        return found + int(wait_for(futures[number]))
 
     async def run() -> list[int]:
         both = asyncio.gather(run_fiber(work, 0), run_fiber(work, 1))
@@ -33,7 +33,7 @@ def test_others_go_on_while_a_fiber_waits_and_all_run_on_one_thread() -> None:
         futures[1].set_result(5)
         await asyncio.sleep(0.01)
         futures[0].set_result(7)
-        return await both
+        return list(await both)
 
     assert asyncio.run(run()) == [14, 10]
     assert said == ["0 begins", "1 begins", "1 has 5", "0 has 7"]
@@ -92,7 +92,7 @@ def test_a_fiber_sees_the_variables_of_its_call() -> None:
         both = asyncio.gather(call("one"), call("two"))
         await asyncio.sleep(0.01)
         future.set_result(None)
-        return await both
+        return list(await both)
 
     assert asyncio.run(run()) == ["one", "two"]
 

@@ -69,6 +69,7 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
 
     def __init__(self) -> None:
         self._operations: dict[str, _Operation] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(
         self,
@@ -101,15 +102,16 @@ class Operations(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc] 
             raise error
         self._operations[message.name] = operation
         operation.task = asyncio.create_task(_finish(operation, running, to_response))
+        self._tasks.add(operation.task)
+        operation.task.add_done_callback(self._tasks.discard)
         await asyncio.sleep(0)  # a task that is cancelled before it began would never say so
         return operation.describe()
 
     async def close(self) -> None:
         """Cancel what is under way."""
-        tasks = [o.task for o in self._operations.values() if o.task is not None]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def GetOperation(  # noqa: N802  # the name gRPC calls
         self, request: pb.GetOperationRequest, context: grpc.aio.ServicerContext
