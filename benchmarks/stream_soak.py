@@ -1,6 +1,6 @@
 """One stream for hours, on a simulated clock: does memory or the time of a step grow?
 
-python benchmarks/soak.py DEV.jsonl WORDS.jsonl [--hours 4] [--bundle DIR] [--decoder greedy]
+python benchmarks/stream_soak.py DEV.jsonl WORDS.jsonl [--hours 4] [--bundle DIR] [--decoder greedy]
 
 Dev utterances joined by their room tone are sent again and again as one stream, in pieces of
 100 ms. Printed: resident memory after five minutes and after each hour, and the 95th percentile of
