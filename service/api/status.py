@@ -75,7 +75,7 @@ def _clip(details: str) -> str:
     """At most `_MOST_DETAILS` characters: messages repeat what was sent."""
     if len(details) <= _MOST_DETAILS:
         return details
-    half = _MOST_DETAILS // 2 - 1
+    half = _MOST_DETAILS // 2 - 2
     return f"{details[:half]} … {details[-half:]}"  # what was expected stands at the end
 
 
