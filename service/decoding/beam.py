@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import count, islice
@@ -285,40 +285,38 @@ class BeamDecoder:
         """The automaton, and its words that the vocabulary lacks."""
         if len(phrases) > _MOST_PHRASES:
             raise InputError(f"{len(phrases)} phrases, expected at most {_MOST_PHRASES}")
+        texts = [_words_of(phrase) for phrase in phrases]
+        pronounced = self._pronounce_unknown(word for words in texts for word in words)
         extra: dict[str, int] = {}
         spelled: list[tuple[list[list[int]], float]] = []
-        for phrase in phrases:
-            if len(phrase.text) > _LONGEST_PHRASE:
-                raise InputError(
-                    f"a phrase has {len(phrase.text)} characters, "
-                    f"expected at most {_LONGEST_PHRASE}"
-                )
-            words = normalise(phrase.text).split()
-            if not words:
-                raise InputError(f"the phrase {phrase.text!r} has no word; leave it out")
-            longest = max(map(len, words))
-            if longest > _LONGEST_WORD:
-                raise InputError(
-                    f"the phrase {phrase.text!r} has a word of {longest} letters, "
-                    f"expected at most {_LONGEST_WORD}"
-                )
-            if not abs(phrase.weight) <= _LARGEST_WEIGHT:
-                raise InputError(
-                    f"the phrase {phrase.text!r} has weight {phrase.weight}, "
-                    f"expected -{_LARGEST_WEIGHT:.0f} to {_LARGEST_WEIGHT:.0f}"
-                )
-            ways = self._spell_phrase(phrase.text, words, extra)
+        for phrase, words in zip(phrases, texts, strict=True):
+            ways = self._spell_phrase(phrase.text, words, extra, pronounced)
             spelled += [(way, phrase.weight) for way in ways]
         return build_automaton(spelled), tuple(extra)
 
+    def _pronounce_unknown(self, words: Iterable[str]) -> dict[str, list[list[int]]]:
+        """Spellings in phones of the words that have none."""
+        if self._pronounce is None:
+            return {}
+        unknown = sorted({word for word in words if not self._spell(word)})
+        return {
+            word: [[self._token_ids[phone] for phone in phones]]
+            for word, phones in zip(unknown, self._pronounce(unknown), strict=True)
+            if phones
+        }
+
     def _spell_phrase(
-        self, phrase: str, words: Sequence[str], extra: dict[str, int]
+        self,
+        phrase: str,
+        words: Sequence[str],
+        extra: dict[str, int],
+        pronounced: Mapping[str, list[list[int]]],
     ) -> list[list[list[int]]]:
         """Every spelling of a phrase: words as their tokens and the symbol of their end."""
         settings = self._knowledge.settings
         ways: list[list[list[int]]] = [[]]
         for word in words:
-            spellings = self._spell(word) or self._spell_unknown(word)
+            spellings = self._spell(word) or pronounced.get(word)
             if not spellings:
                 raise InputError(
                     f"the phrase {phrase!r} cannot be boosted: no pronunciation of {word!r} is "
@@ -330,12 +328,6 @@ class BeamDecoder:
             ways = [[*way, [*spelling, end]] for way in ways for spelling in spellings]
             ways = ways[:_MOST_SPELLINGS]
         return ways
-
-    def _spell_unknown(self, word: str) -> list[list[int]]:
-        if self._pronounce is None:
-            return []
-        (phones,) = self._pronounce([word])
-        return [[self._token_ids[phone] for phone in phones]] if phones else []
 
     def word_text(
         self, word: int, tokens: npt.NDArray[np.int32], extra_words: Sequence[str]
@@ -602,6 +594,33 @@ def _check_settings(
         raise InputError(f"beam_prune_log_prob is {beam_prune_log_prob}, expected below 0")
     if lexicon is not None and lm is None:
         raise InputError("a lexicon search needs a language model; it holds the list of words")
+
+
+def _words_of(phrase: Phrase) -> list[str]:
+    """The words of a phrase.
+
+    Raises:
+        InputError: it has none, is too long, or its weight is out of range.
+    """
+    if len(phrase.text) > _LONGEST_PHRASE:
+        raise InputError(
+            f"a phrase has {len(phrase.text)} characters, expected at most {_LONGEST_PHRASE}"
+        )
+    words = normalise(phrase.text).split()
+    if not words:
+        raise InputError(f"the phrase {phrase.text!r} has no word; leave it out")
+    longest = max(map(len, words))
+    if longest > _LONGEST_WORD:
+        raise InputError(
+            f"the phrase {phrase.text!r} has a word of {longest} letters, "
+            f"expected at most {_LONGEST_WORD}"
+        )
+    if not abs(phrase.weight) <= _LARGEST_WEIGHT:
+        raise InputError(
+            f"the phrase {phrase.text!r} has weight {phrase.weight}, "
+            f"expected -{_LARGEST_WEIGHT:.0f} to {_LARGEST_WEIGHT:.0f}"
+        )
+    return words
 
 
 def _no_lm() -> NgramTables:
