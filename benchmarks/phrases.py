@@ -1,6 +1,6 @@
 """What boosting is worth for words that neither the language model nor the word list has.
 
-python benchmarks/phrases.py DEV.jsonl LM.arpa.gz [--bundle DIR] [--words 200] [--weights 3,5,7,9]
+python benchmarks/phrases.py DEV.jsonl LM.arpa.gz [--bundle DIR] [--words 200] [--weights 1,2,4]
 
 Words that occur at most twice in the development set are removed from a copy of the language model
 (`voxgate lm build --arpa` wrote it) and of the lexicon, then boosted among 1,000 words that nobody
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("arpa", type=Path)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--words", type=int, default=200)
-    parser.add_argument("--weights", default="2,4,6,8")
+    parser.add_argument("--weights", default="1,1.5,2,2.5,3,4,6")
     arguments = parser.parse_args()
     folder = find_bundle(arguments.bundle)
     bundle = load_bundle(folder)

@@ -541,7 +541,7 @@ def _to_float(data: bytes, sample_format: str) -> FloatArray:
         return (padded.reshape(-1).view("<i4") / 2.0**31).astype(np.float32)
     samples = np.frombuffer(data, sample_format)
     if sample_format in ("<i2", "<i4"):
-        return (samples / 2.0 ** (8 * samples.itemsize - 1)).astype(np.float32)
+        return samples.astype(np.float32) * np.float32(2.0 ** (1 - 8 * samples.itemsize))
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused
         return samples.astype(np.float32)
 

@@ -116,8 +116,10 @@ def _log_mel_block(waveform: FloatArray, settings: FeatureSettings) -> FloatArra
     )
     frames = windows.astype(np.float64)  # (frames, window)
     frames -= frames.mean(axis=1, keepdims=True)
-    emphasised = frames - settings.preemphasis * np.concatenate([frames[:, :1], frames[:, :-1]], 1)
-    spectrum = np.fft.rfft(emphasised * _povey_window(n_samples), _n_fft(settings))
+    frames[:, 1:] -= settings.preemphasis * frames[:, :-1]
+    frames[:, 0] -= settings.preemphasis * frames[:, 0]
+    frames *= _povey_window(n_samples)
+    spectrum = np.fft.rfft(frames, _n_fft(settings))
     power = spectrum.real**2 + spectrum.imag**2  # (frames, n_fft / 2 + 1)
     energies = power @ _mel_filters(settings)  # (frames, mel)
     log_energies: FloatArray = np.log(np.maximum(energies, _ENERGY_FLOOR)).astype(np.float32)

@@ -427,9 +427,10 @@ class Recogniser:
         loudness = np.full(n_frames * self.subsampling, -np.inf, np.float32)
         loudness[: len(window)] = window.max(axis=1)[: len(loudness)]
         silent = loudness.reshape(n_frames, -1).max(axis=1) < _SILENCE_LOG_ENERGY
-        units = (*self.tokens, *self.phones)
-        speech = [i for i, unit in enumerate(units) if unit not in (BLANK_TOKEN, SPACE)]
-        emission[np.ix_(silent, speech)] = _NEVER
+        if silent.any():
+            units = (*self.tokens, *self.phones)
+            speech = [i for i, unit in enumerate(units) if unit not in (BLANK_TOKEN, SPACE)]
+            emission[np.ix_(silent, speech)] = _NEVER
 
     def timed_words(
         self, words: Iterable[Word], *, first_frame: int = 0, earliest_frame: int = 0
