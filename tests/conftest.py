@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,12 +83,25 @@ def run_server(*arguments: str) -> Iterator[RunningServer]:
             process.kill()
 
 
+def _drain(process: subprocess.Popen[str]) -> None:
+    """Read the log of a server, so that it is never held up by a full pipe."""
+
+    def read() -> None:
+        assert process.stderr is not None
+        with suppress(ValueError):  # closed at the end
+            for _ in process.stderr:
+                pass
+
+    threading.Thread(target=read, daemon=True).start()
+
+
 def _wait_for_address(process: subprocess.Popen[str]) -> str:
     assert process.stderr is not None
     said = []
     for line in process.stderr:
         said.append(line)
         if line.startswith("listening on "):
+            _drain(process)
             return line.removeprefix("listening on ").split(": ")[0]
     raise AssertionError(f"the server did not start: {said}")
 

@@ -101,18 +101,6 @@ class _OpenStream:
         return caught.value
 
 
-def _drain(process: subprocess.Popen[str]) -> None:
-    """Read the log of a server, so that it is never held up by a full pipe."""
-
-    def read() -> None:
-        assert process.stderr is not None
-        with contextlib.suppress(ValueError):  # closed at the end
-            for _ in process.stderr:
-                pass
-
-    threading.Thread(target=read, daemon=True).start()
-
-
 def _free_port() -> int:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
@@ -158,7 +146,6 @@ class _MeasuredServer:
 def _run_measured(*arguments: str) -> Iterator[_MeasuredServer]:
     port = _free_port()
     with run_server("--decoder", "greedy", "--metrics-port", str(port), *arguments) as server:
-        _drain(server.process)
         yield _MeasuredServer(server, port)
 
 
@@ -387,7 +374,6 @@ def _serve_on(port: int) -> Iterator[RunningServer]:
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             address = _wait_for_address(process)
-            _drain(process)
             with grpc.insecure_channel(address) as channel:
                 yield RunningServer(process, address, speech_pb2_grpc.SpeechStub(channel))
         finally:
