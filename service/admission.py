@@ -31,6 +31,8 @@ class Limits:
     """Seconds of audio in one recording or one operation, decoded."""
     longest_stream_s: float | None = None
     """Seconds of audio in one stream; None is no limit."""
+    compressed_stream_bytes: int = 64 << 20
+    """Bytes of compressed audio in one stream, which are kept until it is complete."""
     idle_s: float = 30.0
     """A stream that sends nothing for so long is ended."""
 

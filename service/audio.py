@@ -81,6 +81,8 @@ class AudioStream:
             (time, channel), rather than averaged, as (time,). What is returned before `n_channels`
             is known is empty and of shape (0, 1).
         longest_s: seconds of audio beyond which a recording is refused; None for no limit.
+        most_collected_bytes: bytes of compressed audio, which is kept until it is complete, beyond
+            which a recording is refused; None for no limit.
     """
 
     def __init__(
@@ -90,11 +92,13 @@ class AudioStream:
         target_rate: int,
         separate_channels: bool = False,
         longest_s: float | None = None,
+        most_collected_bytes: int | None = None,
     ) -> None:
         self._format = audio_format
         self._target_rate = target_rate
         self._separate_channels = separate_channels
         self._longest_s = longest_s
+        self._most_collected_bytes = most_collected_bytes
         self._head = b""
         self._reader: _Reader | None = None
         self._resampler: _Resampler | None = None
@@ -126,6 +130,12 @@ class AudioStream:
             if self._reader is None:
                 return self._nothing()
             data, self._head = self._head, b""
+        most = self._most_collected_bytes
+        if most is not None and self.n_bytes > most and isinstance(self._reader, _ContainerReader):
+            raise AudioError(
+                f"the compressed audio has more than {most} bytes, and is decoded only when it is "
+                "complete; send PCM, or a recording instead of a stream"
+            )
         return self._count(self._convert(self._reader, self._reader.push(data), is_last=False))
 
     def finish(self) -> FloatArray:

@@ -183,8 +183,14 @@ class Calls:
 
     def _open(self, request: StreamRequest, model: Model) -> Session:
         decoder = self._decoder_of(request, model)
-        longest_s = self.admission.limits.longest_stream_s
-        return Session(model.live, request, decoder=decoder, longest_s=longest_s)
+        limits = self.admission.limits
+        return Session(
+            model.live,
+            request,
+            decoder=decoder,
+            longest_s=limits.longest_stream_s,
+            most_compressed_bytes=limits.compressed_stream_bytes,
+        )
 
     def _told(self, update: Update, request: StreamRequest) -> Update:
         for result in update.results:

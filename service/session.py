@@ -101,6 +101,7 @@ class Session:
         *,
         decoder: DecoderName,
         longest_s: float | None = None,
+        most_compressed_bytes: int | None = None,
     ) -> None:
         """Open a stream.
 
@@ -109,6 +110,7 @@ class Session:
             request: what is wanted.
             decoder: how final results are searched.
             longest_s: the most seconds of audio that may be in it; None allows any.
+            most_compressed_bytes: the most bytes of compressed audio; None allows any.
 
         Raises:
             InputError: there is no such profile or decoder, the profile needs what was declined,
@@ -121,6 +123,7 @@ class Session:
             target_rate=recogniser.sample_rate,
             separate_channels=self._separates,
             longest_s=longest_s,
+            most_collected_bytes=most_compressed_bytes,
         )
         self._channels = [self._open_channel()]  # refuses what cannot be served
 

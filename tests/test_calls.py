@@ -450,6 +450,18 @@ def test_stream_that_is_too_long_is_refused_where_it_exceeds(
 # --- streams that end otherwise ------------------------------------------------------------------
 
 
+def test_compressed_stream_is_refused_where_it_is_too_large_to_keep(
+    recogniser: Recogniser,
+) -> None:
+    data = _file(noise(2.0, level=0.1), "FLAC")
+    with _calls(recogniser, compressed_stream_bytes=len(data) // 2) as calls:
+        with pytest.raises(AudioError, match="send PCM"):
+            _run(_stream(calls, StreamRequest(), _pieces(data, 1000)))
+        assert _n_in_use(calls)[0] == 0
+    with _calls(recogniser, compressed_stream_bytes=len(data)) as calls:
+        assert _finals(_run(_stream(calls, StreamRequest(), _pieces(data, 1000))))
+
+
 def test_silent_sender_is_told_that_it_was_silent(
     recogniser: Recogniser, waveforms: list[FloatArray]
 ) -> None:
