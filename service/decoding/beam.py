@@ -38,6 +38,7 @@ _CERTAIN: Final = 1e-4
 _TINY: Final = 1e-300
 _SHORTEST_WORD: Final = 1.0  # frames
 _MOST_WAYS: Final = 20  # tried for each reading that is wanted
+_DIGITS: Final = 9  # of a log score; beyond is rounding
 
 
 @dataclass(frozen=True)
@@ -531,10 +532,14 @@ class BeamSearch:
 def _ways(
     state: SearchState, beam: readings.Readings
 ) -> Iterator[tuple[npt.NDArray[np.int64], int, float]]:
-    """The ways through the lattice, best first: nodes from the root, last word, log score."""
-    numbers = count()
+    """The ways through the lattice, best first: nodes from the root, last word, log score.
+
+    Of ways that are alike, but for rounding, the one that was begun last goes on: where there are
+    many, trying each a little would take forever.
+    """
+    numbers = count(0, -1)
     heap: list[tuple[float, int, int, float, int, tuple[Any, ...]]] = [
-        (-(mass + beam.log_share[node]), next(numbers), node, mass, word, ())
+        (_cost(mass + beam.log_share[node]), next(numbers), node, mass, word, ())
         for node, word, mass in zip(
             beam.node.tolist(), beam.word.tolist(), beam.log_mass.tolist(), strict=True
         )
@@ -546,14 +551,14 @@ def _ways(
             rival = int(state.first_rival[node])
             while rival >= 0:
                 through = mass + math.log(max(state.share[rival], _TINY))
-                item = (-(through + beam.log_share[rival]), next(numbers), rival)
+                item = (_cost(through + beam.log_share[rival]), next(numbers), rival)
                 heapq.heappush(heap, (*item, through, word, behind))
                 rival = int(state.next_rival[rival])
             parent = int(state.parent[node])
             behind = (node, behind)
             if parent >= 0:
                 mass += math.log(max(state.own_share[node], _TINY))
-                cost_here = -(mass + beam.log_share[parent])
+                cost_here = _cost(mass + beam.log_share[parent])
                 if heap and cost_here > heap[0][0]:
                     heapq.heappush(heap, (cost_here, next(numbers), parent, mass, word, behind))
                     break
@@ -564,6 +569,10 @@ def _ways(
                 nodes.append(behind[0])
                 behind = behind[1]
             yield np.array(nodes), word, mass
+
+
+def _cost(log_score: float) -> float:
+    return -round(float(log_score), _DIGITS)
 
 
 def _checked(log_probs: FloatArray, n_tokens: int, n_before: int) -> FloatArray:
