@@ -219,7 +219,7 @@ def test_readings_are_distinct_and_ranked(lm: NgramModel) -> None:
 def test_words_that_are_alike_to_the_model_are_told_apart_without_trying_all(
     lm: NgramModel,
 ) -> None:
-    alike = {word: (("A", "B"),) for word in ("ab", "abb", "b")}
+    alike = dict.fromkeys(("ab", "abb", "b"), (("A", "B"),))
     decoder = BeamDecoder(PHONES, lm=lm, lexicon=alike, beam_width=50, alpha=0.0, beta=0.0)
     emission = np.full((3 * 40, 4), -12.0, np.float32)
     emission[np.arange(len(emission)), [1, 2, 0] * 40] = -1e-4  # 3 ** 40 readings of equal mass
