@@ -21,7 +21,6 @@ from service.errors import (
     OverloadError,
     PermissionDeniedError,
     ProviderError,
-    RequestError,
     VoxgateError,
 )
 
@@ -91,13 +90,3 @@ def _retry_hint(error: OverloadError) -> tuple[tuple[str, str | bytes], ...]:
         ("grpc-retry-pushback-ms", str(round(1000 * error.retry_s))),
         ("grpc-status-details-bin", status.SerializeToString()),
     )
-
-
-def refuse(field: str, *, is_set: bool) -> None:
-    """Refuse a field that is not served yet.
-
-    Raises:
-        RequestError: it is set.
-    """
-    if is_set:
-        raise RequestError(f"{field} is not served yet; leave it unset")

@@ -8,8 +8,14 @@ from typing import Final
 
 import grpc
 
-from service.api.fields import read_first, to_duration, to_endpointing, to_phrases, to_timeout
-from service.api.status import refuse
+from service.api.fields import (
+    read_first,
+    refuse,
+    to_duration,
+    to_endpointing,
+    to_phrases,
+    to_timeout,
+)
 from service.audio import AudioFormat, Encoding
 from service.bundle import DEFAULT_PROFILE, SearchTokens
 from service.calls import Calls, EndUtterance, Piece
@@ -135,7 +141,7 @@ async def _pieces(requests: AsyncIterator[pb.StreamingRecognizeRequest]) -> Asyn
 
 
 def _to_request(config: pb.RecognitionConfig) -> Request:
-    refuse("domain", is_set=bool(config.domain))
+    refuse(["domain"] if config.domain else [])
     if config.encoding not in _ENCODINGS:
         served = ", ".join(pb.RecognitionConfig.AudioEncoding.Name(e) for e in _ENCODINGS)
         raise RequestError(f"encoding {config.encoding} is not served; expected one of {served}")
