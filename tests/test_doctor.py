@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import resource
 import shutil
 import socket
 import sys
@@ -262,7 +263,6 @@ def test_search_cache_is_filled_empty_or_unwritable(
 
 
 def test_few_open_files_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    resource = pytest.importorskip("resource")
     for soft, mark in ((256, "note"), (1024, "ok"), (resource.RLIM_INFINITY, "ok")):
         monkeypatch.setattr(resource, "getrlimit", lambda _, soft=soft: (soft, -1))
         assert _only(doctor.check_file_limit()).mark == mark
