@@ -228,8 +228,7 @@ def read_running(
     search = decoder.open()
     if search is None:
         return decoder.decode(searched)[0].words
-    search.push(searched)
-    return search.best().words
+    return search.read(searched, n_settled=0).words
 
 
 def find_survivors(words: Sequence[str], final: str) -> list[bool]:

@@ -688,7 +688,7 @@ def keys_add(
 
 
 @bench_app.command("serve")
-def bench_serve(
+def bench_serve(  # noqa: PLR0913  # every option is an argument
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.jsonl", help="What is said.")],
     *,
     bundle: BundleOption = None,
@@ -712,6 +712,9 @@ def bench_serve(
         float | None,
         typer.Option("--seconds", min=1, help="Time measured; 60, or 20 for each of many trials."),
     ] = None,
+    tries: Annotated[
+        int, typer.Option("--tries", min=1, help="Trials of a number before it is too many.")
+    ] = 1,
     decoder: DecoderOption = DecoderChoice.beam,
     profile: Annotated[str, typer.Option("--profile", metavar="NAME")] = "balanced",
     api_key: Annotated[str, typer.Option("--api-key", metavar="KEY")] = "",
@@ -759,6 +762,7 @@ def bench_serve(
                 first=streams,
                 bound_ms=bound_ms,
                 seconds=seconds or 20.0,
+                n_tries=tries,
                 on_trial=lambda trial: progress.console.print(
                     load_test.describe_trial(trial, bound_ms)
                 ),

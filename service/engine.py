@@ -131,7 +131,9 @@ class OnnxStreamingEngine:
         Raises:
             ProviderError: the provider is not there, or two onnxruntime packages are installed.
         """
-        self._session = open_session(graph, provider=provider, n_threads=n_threads)
+        self._session = open_session(
+            graph, provider=provider, n_threads=n_threads, keeps_memory=True
+        )
         shapes = {i.name: i.shape for i in self._session.get_inputs()}
         self._state_shapes = [tuple(shapes[name][1:]) for name in STATES]
 
@@ -158,9 +160,16 @@ class OnnxStreamingEngine:
 
 
 def open_session(
-    graph: Path, *, provider: Provider = "cpu", n_threads: int = 1
+    graph: Path, *, provider: Provider = "cpu", n_threads: int = 1, keeps_memory: bool = False
 ) -> onnxruntime.InferenceSession:
     """Load a graph of any kind.
+
+    Args:
+        graph: an ONNX file.
+        provider: where to run it.
+        n_threads: threads of one run on the CPU.
+        keeps_memory: whether memory is kept from run to run, which is faster; where lengths vary,
+            what the longest run took would be kept for good.
 
     Raises:
         BundleError: the file is missing or damaged.
@@ -173,7 +182,7 @@ def open_session(
     options.intra_op_num_threads = n_threads
     options.inter_op_num_threads = 1
     options.enable_mem_pattern = False  # lengths vary: patterns would pile up
-    options.enable_cpu_mem_arena = False  # the arena would keep what the longest utterance took
+    options.enable_cpu_mem_arena = keeps_memory
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     wanted = _PROVIDERS[provider]

@@ -57,7 +57,7 @@ class FirstPass:
 
         The settled log_probs do not depend on how the features are cut.
         """
-        settled = [self._nothing]
+        settled = []
         while len(features):
             taken = features[: len(self._window) - self._n_waiting]
             self._window[self._n_waiting : self._n_waiting + len(taken)] = taken
@@ -65,7 +65,7 @@ class FirstPass:
             features = features[len(taken) :]
             if self._n_waiting == len(self._window):
                 settled.append(self._settle())
-        return np.concatenate(settled)
+        return np.concatenate(settled) if settled else self._nothing
 
     def look_ahead(self) -> None:
         """Make `tentative` reach as far as the features do, as if the audio ended there."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Final, Literal
@@ -171,6 +172,11 @@ class Recogniser:
                 f"the decoder {name} is not there; this model has {', '.join(self.decoders)}"
             )
         return self.decoders[name]
+
+    @cached_property
+    def greedy(self) -> GreedyDecoder:
+        """For interim results of decoders that cannot search chunk by chunk."""
+        return GreedyDecoder(self.tokens)
 
     def columns(self, decoder: DecoderName) -> slice:
         """The columns of an emission that a decoder reads."""

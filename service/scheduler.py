@@ -353,18 +353,10 @@ class _TurnSearch:
         self._run = run
         self._search = search
 
-    def push(self, log_probs: FloatArray) -> None:
-        """Read frames in its turn; see `Search`."""
-        if len(log_probs):
-            self._run(partial(self._search.push, log_probs))
-
-    def fork(self) -> Search:
-        """An independent copy."""
-        return _TurnSearch(self._run, self._search.fork())
-
-    def best(self) -> Hypothesis:
-        """The best reading so far."""
-        return self._search.best()
+    def read(self, log_probs: FloatArray, *, n_settled: int) -> Hypothesis:
+        """Read the next frames in its turn; see `Search`."""
+        found: Hypothesis = self._run(partial(self._search.read, log_probs, n_settled=n_settled))
+        return found
 
     def n_shared_words(self) -> int:
         """How many words every reading begins with; see `Search`."""

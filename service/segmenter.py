@@ -172,8 +172,8 @@ class Segmenter:
         self._is_quiet.append(self._detector.push_level(level_db))
         self._end += 1
         settled = self._first_pass.push(features)
-        self._add_settled(settled)
         if len(settled):
+            self._add_settled(settled)
             yield from self._find_start()
         if self._speech is None:
             self._drop_silence()

@@ -19,7 +19,6 @@ import numpy as np
 
 from service.audio import AudioStream
 from service.bundle import DEFAULT_PROFILE, Survival
-from service.decoding.greedy import GreedyDecoder
 from service.decoding.hypothesis import Search, Word
 from service.errors import RequestError
 from service.features import FeatureStream
@@ -217,7 +216,6 @@ class _Channel:
         self._survival = recogniser.survival.get(
             _kind_of(decoder, second_pass=request.second_pass), Survival()
         )
-        self._greedy = GreedyDecoder(recogniser.tokens)
         self._committed: list[Word] = []
         self._stability = 1.0  # of the committed words
         self._has_final = False
@@ -372,20 +370,19 @@ class _Channel:
         )
 
     def _words_so_far(self, log_probs: FloatArray, n_settled: int) -> Sequence[Word]:
-        """Search what was settled since the last time, and on a copy what is not settled."""
+        """Search what was settled since the last time, and for this once what is not settled."""
         if self._search_start != self._segmenter.first_frame:
             decoder = self._recogniser.decoder(self._decoder)
             self._search = decoder.open(phrases=self._phrases)
             self._search_start = self._segmenter.first_frame
             self._n_searched = 0
         if self._search is None:
-            return self._greedy.decode(log_probs[:, : len(self._recogniser.tokens)])[0].words
+            tokens = log_probs[:, : len(self._recogniser.tokens)]
+            return self._recogniser.greedy.decode(tokens)[0].words
         log_probs = log_probs[:, self._columns]
-        self._search.push(log_probs[self._n_searched : n_settled])
+        unread, n_unread = log_probs[self._n_searched :], n_settled - self._n_searched
         self._n_searched = n_settled
-        search = self._search.fork()
-        search.push(log_probs[n_settled:])
-        return search.best().words
+        return self._search.read(unread, n_settled=n_unread).words
 
     def _commit(self, reading: _Reading, *, everything: bool) -> None:
         """Commit the words that will most likely stay; a committed word is never taken back."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from operator import mul
 from typing import Final
-
-import numpy as np
 
 from service.bundle import Survival
 from service.decoding.hypothesis import Word
@@ -12,6 +12,7 @@ from service.decoding.hypothesis import Word
 SETTLING_PROBABILITY: Final = 0.97
 """A word that survives with at least this probability is committed."""
 _HIGHEST_CONFIDENCE: Final = 0.999
+_MOST_LOG_ODDS: Final = 700.0  # more is beyond what exp can return
 
 
 def survival_inputs(word: Word, *, n_settled: int, n_known: int) -> tuple[float, ...]:
@@ -25,15 +26,25 @@ def survival_inputs(word: Word, *, n_settled: int, n_known: int) -> tuple[float,
     confidence = min(max(word.confidence, 1 - _HIGHEST_CONFIDENCE), _HIGHEST_CONFIDENCE)
     return (
         1.0,
-        float(np.log(confidence / (1 - confidence))),
+        math.log(confidence / (1 - confidence)),
         float(word.end_frame <= n_settled),
-        float(np.log1p(max(0, n_known - word.end_frame))),
-        float(np.log(len(word.text))),
+        math.log1p(max(0, n_known - word.end_frame)),
+        math.log(len(word.text)),
+    )
+
+
+def _in_order(weights: Survival) -> tuple[float, ...]:
+    return (
+        weights.intercept,
+        weights.confidence,
+        weights.settled,
+        weights.distance,
+        weights.length,
     )
 
 
 def survival_probability(word: Word, weights: Survival, *, n_settled: int, n_known: int) -> float:
     """Probability that the word is in the final result; see `survival_inputs`."""
     inputs = survival_inputs(word, n_settled=n_settled, n_known=n_known)
-    log_odds = float(np.dot(inputs, list(weights.model_dump().values())))
-    return float(1 / (1 + np.exp(-log_odds)))
+    log_odds = sum(map(mul, inputs, _in_order(weights)))
+    return 1 / (1 + math.exp(min(_MOST_LOG_ODDS, -log_odds)))

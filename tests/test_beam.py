@@ -192,21 +192,30 @@ def test_any_chunking_gives_the_same(lm: NgramModel, seed: int) -> None:
     run = decoder.open()
     cuts = np.sort(draw.integers(0, 300, size=12))
     for part in np.split(emission, cuts):
-        run.push(part)
-        run.best()  # asking changes nothing
+        n_settled = int(draw.integers(0, len(part) + 1))
+        run.read(part, n_settled=n_settled)
+        run.push(part[n_settled:])
     assert run.finish(n_best=4) == whole
 
 
-def test_fork_is_independent(lm: NgramModel) -> None:
-    emission = _emission(3, 60, 4)
+def test_frames_that_are_not_settled_are_read_for_once(lm: NgramModel) -> None:
+    emission, other = _emission(3, 60, 4), _emission(4, 30, 4)
     decoder = BeamDecoder(PHONES, lm=lm, lexicon=LEXICON, beam_width=20)
     run = decoder.open()
-    run.push(emission[:30])
-    branch = run.fork()
-    branch.push(_emission(4, 30, 4))
+    told = run.read(np.concatenate([emission[:30], other]), n_settled=30)
+    whole = decoder.open()
+    whole.push(np.concatenate([emission[:30], other]))
+    assert told == whole.n_best(3)[0]
+    assert run.n_frames == 30
     run.push(emission[30:])
     assert run.finish() == decoder.decode(emission)
-    assert branch.finish() == decoder.decode(np.concatenate([emission[:30], _emission(4, 30, 4)]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_reading_is_the_first_of_many(lm: NgramModel, seed: int) -> None:
+    emission = _emission(seed, 60, 4, sharpness=1.0)
+    decoder = BeamDecoder(PHONES, lm=lm, lexicon=LEXICON, beam_width=50)
+    assert decoder.decode(emission) == decoder.decode(emission, n_best=5)[:1]
 
 
 def test_readings_are_distinct_and_ranked(lm: NgramModel) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import heapq
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from itertools import count, islice
 from typing import Any, Final
@@ -35,7 +36,6 @@ _LONGEST_WORD: Final = 100  # letters; to pronounce one takes time with their sq
 _MOST_SPELLINGS: Final = 16  # of one phrase
 _LARGEST_WEIGHT: Final = 100.0
 _CERTAIN: Final = 1e-4
-_TINY: Final = 1e-300
 _SHORTEST_WORD: Final = 1.0  # frames
 _MOST_WAYS: Final = 20  # tried for each reading that is wanted
 _DIGITS: Final = 9  # of a log score; beyond is rounding
@@ -95,11 +95,13 @@ class _Piece:
 
     def join(self, other: _Piece) -> _Piece:
         """This piece and the one after it."""
-        mine, theirs = vars(self), vars(other)
         arrays = {
-            name: np.concatenate([mine[name], theirs[name]]) for name in mine if name != "words"
+            name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in _ARRAYS
         }
         return _Piece(words=self.words + other.words, **arrays)
+
+
+_ARRAYS: Final = tuple(field.name for field in fields(_Piece) if field.name != "words")
 
 
 class BeamDecoder:
@@ -171,6 +173,7 @@ class BeamDecoder:
             recombine=recombine,
         )
         self._automaton_of = lru_cache(maxsize=16)(self._build_automaton)
+        self._spare = threading.local()
 
     def decode(
         self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
@@ -195,7 +198,7 @@ class BeamDecoder:
         """
         run = self.open()
         run.push(emission)
-        piece = run.best_piece()
+        piece, _ = run.best_piece()
         if not piece.words:
             return np.zeros((0, len(WORD_FEATURES))), ()
         return self._features(piece), piece.words
@@ -280,6 +283,15 @@ class BeamDecoder:
         """What the language model knows before the first word."""
         return self._lm.start_state() if self._lm else np.full(1, -1, np.int32)
 
+    def copy_state(self, state: SearchState) -> SearchState:
+        """A copy that lasts until this thread asks for the next one."""
+        if not hasattr(self._spare, "arrays"):
+            self._spare.arrays = [np.empty_like(array) for array in state]
+        arrays: list[npt.NDArray[Any]] = list(state)
+        for target, source in zip(self._spare.arrays, arrays, strict=True):
+            np.copyto(target, source)
+        return SearchState(*self._spare.arrays)
+
     def _build_automaton(
         self, phrases: tuple[Phrase, ...]
     ) -> tuple[PhraseAutomaton, tuple[str, ...]]:
@@ -331,7 +343,7 @@ class BeamDecoder:
         return ways
 
     def word_text(
-        self, word: int, tokens: npt.NDArray[np.int32], extra_words: Sequence[str]
+        self, word: int, tokens: npt.NDArray[np.int64], extra_words: Sequence[str]
     ) -> str:
         """A word as it is written: from the list, or from its tokens."""
         settings = self._knowledge.settings
@@ -395,7 +407,7 @@ class BeamDecoder:
 
 
 class BeamSearch:
-    """A search under way. `fork` makes an independent copy; use each from one thread at a time."""
+    """A search under way; use it from one thread at a time."""
 
     def __init__(
         self, decoder: BeamDecoder, knowledge: Knowledge, extra_words: Sequence[str]
@@ -418,14 +430,6 @@ class BeamSearch:
         """Memory of what is carried from frame to frame."""
         return sum(array.nbytes for array in self._state)
 
-    def fork(self) -> BeamSearch:
-        """An independent copy."""
-        copy = object.__new__(BeamSearch)
-        copy.__dict__ = dict(self.__dict__)
-        copy._state = search.copy_state(self._state)
-        copy._scratch = search.new_scratch(self._knowledge)
-        return copy
-
     def push(self, log_probs: FloatArray) -> None:
         """Read the next frames.
 
@@ -444,9 +448,24 @@ class BeamSearch:
                 return
             self._make_room()
 
-    def best(self) -> Hypothesis:
-        """The best reading so far, as if the running word ended here but not the sentence."""
-        return self._read(n_best=1, is_end=False)[0]
+    def read(self, log_probs: FloatArray, *, n_settled: int) -> Hypothesis:
+        """Read the next frames and tell the best reading, as if its last word ended with them.
+
+        Args:
+            log_probs: float32, (frames, token).
+            n_settled: frames that the search goes on from; the others are read for this once.
+
+        Raises:
+            InputError: see `push`.
+        """
+        self.push(log_probs[:n_settled])
+        ahead = self
+        if n_settled < len(log_probs):
+            ahead = object.__new__(BeamSearch)
+            ahead.__dict__ = dict(self.__dict__)
+            ahead._state = self._decoder.copy_state(self._state)
+            ahead.push(log_probs[n_settled:])
+        return ahead._read(n_best=1, is_end=False)[0]
 
     def n_shared_words(self) -> int:
         """How many words all prefixes of the beam have in common."""
@@ -455,24 +474,27 @@ class BeamSearch:
         return len(self._settled.words) + n_ended
 
     def n_best(self, n: int) -> list[Hypothesis]:
-        """The best readings so far with distinct words, best first; see `best`."""
+        """The best readings so far with distinct words, best first; the sentence goes on."""
         return self._read(n_best=n, is_end=False)
 
     def finish(self, *, n_best: int = 1) -> list[Hypothesis]:
         """The best readings with distinct words if the sentence ends here, best first."""
         return self._read(n_best=n_best, is_end=True)
 
-    def best_piece(self) -> _Piece:
-        """The words of the best reading if the sentence ends here."""
-        beam = readings.read_beam(self._knowledge, self._state, True)
-        nodes, last_word, _ = next(_ways(self._state, beam))
-        return self._settled.join(self._to_piece(nodes, last_word, beam))
+    def best_piece(self, *, is_end: bool = True) -> tuple[_Piece, float]:
+        """The words of the best reading, where the sentence ends here if `is_end`; its score."""
+        words, score = readings.read_best(self._knowledge, self._state, is_end)
+        return self._whole(words), score
 
     def _read(self, *, n_best: int, is_end: bool) -> list[Hypothesis]:
-        beam = readings.read_beam(self._knowledge, self._state, is_end)
+        if n_best == 1:
+            return [self._decoder.to_hypothesis(*self.best_piece(is_end=is_end))]
+        knowledge, state = self._knowledge, self._state
+        beam = readings.read_beam(knowledge, state, is_end)
         found: dict[tuple[str, ...], Hypothesis] = {}
-        for nodes, last_word, score in islice(_ways(self._state, beam), _MOST_WAYS * n_best):
-            piece = self._settled.join(self._to_piece(nodes, last_word, beam))
+        for nodes, last_word, score in islice(_ways(state, beam), _MOST_WAYS * n_best):
+            words = readings.words_on(knowledge, state, beam, nodes, last_word)
+            piece = self._whole(words)
             if piece.words not in found:
                 found[piece.words] = self._decoder.to_hypothesis(piece, score)
             if len(found) == n_best:
@@ -485,48 +507,24 @@ class BeamSearch:
         nodes = search.shared_way(state)
         if len(nodes) > 1:
             beam = readings.read_beam(self._knowledge, state, False)
-            piece = self._to_piece(nodes, search.NO_WORD, beam)
-            self._settled = self._settled.join(piece)
+            words = readings.words_on(self._knowledge, state, beam, nodes, search.NO_WORD)
+            self._settled = self._whole(words)
             search.cut(state, int(nodes[-1]))
         needed = max(self._knowledge.settings.beam_width, len(state.free) // search.LEAST_FREE)
         while state.counts[search.N_FREE] < needed and state.counts[search.N_SLOTS] > 1:
             search.halve(state, self._scratch)
 
-    def _to_piece(
-        self, nodes: npt.NDArray[np.int64], last_word: int, beam: readings.Readings
-    ) -> _Piece:
-        """The words on a way from the root."""
-        state = self._state
-        spans = readings.spans_of(self._knowledge, state, nodes, last_word)
-        if len(spans.word) == 0:
-            return _Piece()
-        share = readings.posteriors(self._knowledge, state, beam, spans)
-        first, last = readings.token_frames(state, nodes)
-        place = {int(node): i for i, node in enumerate(nodes)}
-        begins = [place[node] for node in spans.first.tolist()]
-        ends = [place[node] + 1 for node in spans.last.tolist()]
-        starts = np.array(begins)
-        n_tokens = np.array(ends) - starts
-        # tokens of words one after another, without what is between them
-        of_words = np.concatenate([nodes[b:e] for b, e in zip(begins, ends, strict=True)])
-        firsts = np.concatenate([[0], np.cumsum(n_tokens)[:-1]])
-        entropies = state.entropy[of_words].astype(np.float64)
-        return _Piece(
-            words=tuple(
-                self._word_text(word, state.token[nodes[begin:end]])
-                for word, begin, end in zip(spans.word.tolist(), begins, ends, strict=True)
-            ),
-            first_frame=first[starts],
-            last_frame=last[np.array(ends) - 1],
-            share=share,
-            lowest_peak=np.minimum.reduceat(state.peak[of_words].astype(np.float64), firsts),
-            mean_entropy=np.add.reduceat(entropies, firsts) / n_tokens,
-            highest_entropy=np.maximum.reduceat(entropies, firsts),
-            n_tokens=n_tokens,
+    def _whole(self, words: readings.Words) -> _Piece:
+        """The words that were settled before, and those behind them."""
+        ends = np.cumsum(words.n_tokens)
+        spelled = zip(words.word.tolist(), words.n_tokens.tolist(), ends.tolist(), strict=True)
+        texts = (
+            self._decoder.word_text(word, words.token[end - n : end], self._extra_words)
+            for word, n, end in spelled
         )
-
-    def _word_text(self, word: int, tokens: npt.NDArray[np.int32]) -> str:
-        return self._decoder.word_text(word, tokens, self._extra_words)
+        arrays = {name: getattr(words, name) for name in _ARRAYS}
+        piece = _Piece(words=tuple(texts), **arrays)
+        return self._settled.join(piece) if self._settled.words else piece
 
 
 def _ways(
@@ -550,14 +548,14 @@ def _ways(
         while node >= 0:
             rival = int(state.first_rival[node])
             while rival >= 0:
-                through = mass + math.log(max(state.share[rival], _TINY))
+                through = mass + math.log(max(state.share[rival], readings.TINY))
                 item = (_cost(through + beam.log_share[rival]), next(numbers), rival)
                 heapq.heappush(heap, (*item, through, word, behind))
                 rival = int(state.next_rival[rival])
             parent = int(state.parent[node])
             behind = (node, behind)
             if parent >= 0:
-                mass += math.log(max(state.own_share[node], _TINY))
+                mass += math.log(max(state.own_share[node], readings.TINY))
                 cost_here = _cost(mass + beam.log_share[parent])
                 if heap and cost_here > heap[0][0]:
                     heapq.heappush(heap, (cost_here, next(numbers), parent, mass, word, behind))

@@ -58,16 +58,13 @@ class Phrase:
 class Search(Protocol):
     """A search under way."""
 
-    def push(self, log_probs: FloatArray) -> None:
-        """Read the next frames: log_probs, float32, (frames, token)."""
-        ...
+    def read(self, log_probs: FloatArray, *, n_settled: int) -> Hypothesis:
+        """Read the next frames and tell the best reading.
 
-    def fork(self) -> Search:
-        """An independent copy."""
-        ...
-
-    def best(self) -> Hypothesis:
-        """The best reading so far."""
+        Args:
+            log_probs: float32, (frames, token).
+            n_settled: frames that the search goes on from; the others are read for this once.
+        """
         ...
 
     def n_shared_words(self) -> int:

@@ -27,6 +27,8 @@ from service.decoding.search import (
 
 _HASH_MULTIPLIER: Final = 0x5851F42D4C957F2D
 _LEAST_POSTERIOR: Final = 1e-4
+TINY: Final = 1e-300
+"""Least share, so that its logarithm is finite."""
 
 
 class Readings(NamedTuple):
@@ -180,10 +182,112 @@ def _end_gain(
     return gain
 
 
-class Spans(NamedTuple):
-    """Words of a reading, one entry each."""
+class Words(NamedTuple):
+    """Words of a reading, one entry each; frames count from the start of the search."""
 
     word: LongArray
+    first_frame: LongArray
+    last_frame: LongArray
+    share: DoubleArray
+    """Of all readings, those that have the same word at the same time, float64, 0 to 1."""
+    lowest_peak: DoubleArray
+    """Lowest log probability of a token, natural log."""
+    mean_entropy: DoubleArray
+    highest_entropy: DoubleArray
+    n_tokens: LongArray
+    token: LongArray
+    """The tokens of all words one after another, without what is between words."""
+
+
+@allocating
+def read_best(knowledge: Knowledge, state: SearchState, is_end: bool) -> tuple[Words, float]:
+    """The words of the best reading and its log score; see `read_beam`."""
+    beam = read_beam(knowledge, state, is_end)
+    nodes, last_word, score = best_way(state, beam)
+    return words_on(knowledge, state, beam, nodes, last_word), score
+
+
+@allocating
+def best_way(state: SearchState, beam: Readings) -> tuple[LongArray, int, float]:
+    """The best way through the lattice: nodes from the root, last word, log score."""
+    nodes = [beam.node[0]]
+    score = beam.log_mass[0]
+    node = beam.node[0]
+    while True:
+        parent = np.int64(state.parent[node])
+        next_node, factor, best = np.int64(-1), 1.0, -np.inf
+        if parent >= 0:
+            factor = max(state.own_share[node], TINY)
+            next_node, best = parent, math.log(factor) + beam.log_share[parent]
+        rival = np.int64(state.first_rival[node])
+        while rival >= 0:
+            share = max(state.share[rival], TINY)
+            if math.log(share) + beam.log_share[rival] > best:
+                next_node, factor = rival, share
+                best = math.log(share) + beam.log_share[rival]
+            rival = np.int64(state.next_rival[rival])
+        if next_node < 0:
+            return np.array(nodes)[::-1].copy(), beam.word[0], score
+        if next_node == parent:
+            nodes.append(parent)
+        else:
+            nodes[-1] = next_node  # it stands where its winner stood
+        score += math.log(factor)
+        node = next_node
+
+
+@allocating
+def words_on(
+    knowledge: Knowledge, state: SearchState, beam: Readings, nodes: LongArray, last_word: int
+) -> Words:
+    """The words on a way.
+
+    Args:
+        knowledge: what was searched for.
+        state: the search.
+        beam: its readings.
+        nodes: the way, the root first, int64.
+        last_word: the word that ends with it, or `NO_WORD`.
+    """
+    spans = _spans_on(knowledge, state, nodes, last_word)
+    first_frame, last_frame = _token_frames(state, nodes)
+    n_words = len(spans.word)
+    n_tokens = spans.end - spans.begin
+    lowest_peak = np.empty(n_words)
+    mean_entropy = np.empty(n_words)
+    highest_entropy = np.empty(n_words)
+    tokens = np.empty(n_tokens.sum(), np.int64)
+    n_before = 0
+    for i in range(n_words):
+        peak, total, highest = np.inf, 0.0, -np.inf
+        for node in nodes[spans.begin[i] : spans.end[i]]:
+            peak = min(peak, state.peak[node])
+            total += state.entropy[node]
+            highest = max(highest, state.entropy[node])
+            tokens[n_before] = state.token[node]
+            n_before += 1
+        lowest_peak[i], mean_entropy[i], highest_entropy[i] = peak, total / n_tokens[i], highest
+    return Words(
+        spans.word,
+        first_frame[spans.begin],
+        last_frame[spans.end - 1],
+        _posteriors(knowledge, state, beam, spans),
+        lowest_peak,
+        mean_entropy,
+        highest_entropy,
+        n_tokens,
+        tokens,
+    )
+
+
+class _Spans(NamedTuple):
+    """Where words are on a way, one entry each."""
+
+    word: LongArray
+    begin: LongArray
+    """Place of the first token on the way, int64."""
+    end: LongArray
+    """Place behind the last token, int64."""
     first: LongArray
     """Node of the first token, int64."""
     last: LongArray
@@ -191,36 +295,31 @@ class Spans(NamedTuple):
 
 
 @allocating
-def spans_of(knowledge: Knowledge, state: SearchState, nodes: LongArray, last_word: int) -> Spans:
-    """The words on a way from the root.
-
-    Args:
-        knowledge: what was searched for.
-        state: the search.
-        nodes: the way, the root first, int64.
-        last_word: the word that ends with it, or `NO_WORD`.
-    """
+def _spans_on(knowledge: Knowledge, state: SearchState, nodes: LongArray, last_word: int) -> _Spans:
     words = [np.int64(0) for _ in range(0)]
-    first = [np.int64(0) for _ in range(0)]
-    last = [np.int64(0) for _ in range(0)]
+    begins = [np.int64(0) for _ in range(0)]
+    ends = [np.int64(0) for _ in range(0)]
     has_boundary = knowledge.settings.boundary >= 0
     begin = 1 if has_boundary or state.token[nodes[0]] < 0 else 0
     for i in range(1, len(nodes)):
         if state.word[nodes[i]] != NO_WORD:
             words.append(np.int64(state.word[nodes[i]]))
-            first.append(nodes[begin])
-            last.append(nodes[i - 1])
+            begins.append(np.int64(begin))
+            ends.append(np.int64(i))
             begin = i + 1 if has_boundary else i
     if last_word != NO_WORD:
         words.append(np.int64(last_word))
-        first.append(nodes[begin])
-        last.append(nodes[-1])
-    return Spans(np.array(words), np.array(first), np.array(last))
+        begins.append(np.int64(begin))
+        ends.append(np.int64(len(nodes)))
+    begin_places, end_places = np.array(begins), np.array(ends)
+    return _Spans(
+        np.array(words), begin_places, end_places, nodes[begin_places], nodes[end_places - 1]
+    )
 
 
 @allocating
-def posteriors(
-    knowledge: Knowledge, state: SearchState, readings: Readings, spans: Spans
+def _posteriors(
+    knowledge: Knowledge, state: SearchState, readings: Readings, spans: _Spans
 ) -> DoubleArray:
     """Share of all readings that have the same word at the same time.
 
@@ -269,7 +368,7 @@ def _count_word(
     word: int,
     last: int,
     mass: float,
-    spans: Spans,
+    spans: _Spans,
     keys: LongArray,
     found: DoubleArray,
 ) -> None:
@@ -305,7 +404,7 @@ def _key(knowledge: Knowledge, state: SearchState, word: int, last: int) -> tupl
 
 
 @allocating
-def token_frames(state: SearchState, nodes: LongArray) -> tuple[LongArray, LongArray]:
+def _token_frames(state: SearchState, nodes: LongArray) -> tuple[LongArray, LongArray]:
     """First and last frame of each token of a way, in order of time, int64, (nodes,)."""
     n_nodes = len(nodes)
     first = np.empty(n_nodes, np.int64)

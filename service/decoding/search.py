@@ -203,11 +203,6 @@ def new_state(knowledge: Knowledge, *, capacity: int, lm_start: IntArray) -> Sea
     return state
 
 
-def copy_state(state: SearchState) -> SearchState:
-    """An independent copy."""
-    return SearchState(**{name: array.copy() for name, array in state._asdict().items()})
-
-
 class Scratch(NamedTuple):
     """What a frame needs; nothing of it outlives the frame."""
 
