@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,11 +26,13 @@ else:
 _Frames = Annotated[int, Field(ge=1)]
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """A section; a name that it does not have is refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataSettings(_Settings):
+class DataSettings(Settings):
     """What is trained on."""
 
     train: tuple[Path, ...]
@@ -51,7 +53,7 @@ class DataSettings(_Settings):
     """Processes that compute features."""
 
 
-class ModelSettings(_Settings):
+class ModelSettings(Settings):
     """The acoustic model; the fields are the arguments of `AcousticModel`."""
 
     cell: Cell = "lstm"
@@ -70,7 +72,7 @@ class ModelSettings(_Settings):
     """Dropout on the output of every layer."""
 
 
-class StreamingSettings(_Settings):
+class StreamingSettings(Settings):
     """Batches read window by window, so that the same weights also serve streams."""
 
     share: float = Field(default=0.5, ge=0, le=1)
@@ -85,7 +87,7 @@ class StreamingSettings(_Settings):
         return self
 
 
-class AugmentSettings(_Settings):
+class AugmentSettings(Settings):
     """Augmentation of the features of each training batch."""
 
     n_frequency_masks: int = Field(default=2, ge=0)
@@ -104,7 +106,7 @@ class AugmentSettings(_Settings):
     """Standard deviation of the random change between the lowest and highest band, decibels."""
 
 
-class OptimiserSettings(_Settings):
+class OptimiserSettings(Settings):
     """AdamW, its schedule, and what a step is."""
 
     n_epochs: int = Field(default=60, ge=1)
@@ -129,7 +131,7 @@ class OptimiserSettings(_Settings):
     """First passes in which short utterances come first."""
 
 
-class RunSettings(_Settings):
+class RunSettings(Settings):
     """Where a run lives and how it proceeds."""
 
     directory: Path = Path("runs/train")
@@ -148,7 +150,7 @@ class RunSettings(_Settings):
     """Checkpoint whose weights the run starts from (fine-tuning)."""
 
 
-class TrainingSettings(_Settings):
+class TrainingSettings(Settings):
     """Everything a run needs to know."""
 
     data: DataSettings
@@ -166,11 +168,19 @@ class TrainingSettings(_Settings):
         return self
 
 
+_AnySettings = TypeVar("_AnySettings", bound=BaseModel)
+
+
 def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainingSettings:
+    """Read the settings of an acoustic model; see `read_tree` and `validate`."""
+    return validate(TrainingSettings, read_tree(path, overrides), path)
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a TOML file and apply `section.key=value` overrides; a value is written as in TOML.
 
     Raises:
-        TrainingError: the file or an override cannot be read, or a setting is unknown or wrong.
+        TrainingError: the file or an override cannot be read.
     """
     try:
         tree: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -178,8 +188,17 @@ def load_settings(path: Path, overrides: Sequence[str] = ()) -> TrainingSettings
         raise TrainingError(f"cannot read the settings {path}: {error}") from error
     for override in overrides:
         _apply(override, tree)
+    return tree
+
+
+def validate(kind: type[_AnySettings], tree: dict[str, Any], path: Path) -> _AnySettings:
+    """Settings of some kind.
+
+    Raises:
+        TrainingError: a setting is unknown, missing or wrong.
+    """
     try:
-        return TrainingSettings.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
