@@ -41,11 +41,10 @@ class BatchSettings:
 
     n_lanes: int = 1
     """Batches that run at the same time, one thread each."""
-    most_windows: int = 4
+    most_windows: int = 1
     """Windows of streams in a batch."""
     most_utterances: int = 1
-    """Utterances in a batch: on a processor one alone is fastest, and its text depends on nothing
-    else."""
+    """Utterances in a batch."""
     longest_wait_s: float = 0.0
     """How long a batch that is not full waits for more, while several streams are open."""
 
@@ -60,13 +59,14 @@ def default_batches(
 ) -> BatchSettings:
     """What suits a provider, where the caller does not say.
 
-    A processor gains nothing from batches of utterances and little from more than four windows; a
-    GPU runs one large batch at a time.
+    On a processor everything runs alone: a batch of utterances gains nothing and one of windows
+    little, and an int8 graph takes the scale of its activations from the whole batch, so that now
+    and then a stream's text would depend on its neighbours. A GPU runs one large batch at a time.
     """
     is_cpu = provider == "cpu"
     return BatchSettings(
         n_lanes=n_threads if is_cpu else 1,
-        most_windows=most_windows or (4 if is_cpu else 64),
+        most_windows=most_windows or (1 if is_cpu else 64),
         most_utterances=most_utterances or (1 if is_cpu else 16),
         longest_wait_s=longest_wait_s,
     )

@@ -567,7 +567,7 @@ def test_observer_is_told_kind_size_and_wait_of_each_batch() -> None:
 
 def test_provider_decides_what_is_run_at_once() -> None:
     cpu = default_batches("cpu", n_threads=3)
-    assert cpu == BatchSettings(n_lanes=3, most_windows=4, most_utterances=1)
+    assert cpu == BatchSettings(n_lanes=3, most_windows=1, most_utterances=1)
     cuda = default_batches("cuda", n_threads=3, longest_wait_s=0.01)
     assert cuda.n_lanes == 1
     assert cuda.longest_wait_s == 0.01
