@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -224,12 +224,8 @@ class Bundle:
         return (self.folder / LM_WORDS).read_text(encoding="utf-8").split()
 
     def read_lexicon(self) -> dict[str, tuple[tuple[str, ...], ...]]:
-        """The pronunciations of each word, the usual one first; see `write_lexicon`."""
-        lexicon: dict[str, tuple[tuple[str, ...], ...]] = {}
-        for line in (self.folder / LEXICON).read_text(encoding="utf-8").splitlines():
-            word, *phones = line.split()
-            lexicon[word] = (*lexicon.get(word, ()), tuple(phones))
-        return lexicon  # of tuples, which the garbage collector does not go through
+        """The pronunciations of each word, the usual one first."""
+        return read_lexicon(self.folder / LEXICON)
 
     def _find(self, name: str) -> Path | None:
         return self.folder / name if name in self.config.files else None
@@ -241,29 +237,28 @@ def write_lexicon(lexicon: Mapping[str, Sequence[Sequence[str]]], path: Path) ->
     path.write_text("".join(lines), encoding="utf-8")
 
 
+def read_lexicon(path: Path) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The pronunciations of each word, the usual one first; see `write_lexicon`."""
+    lexicon: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        word, *phones = line.split()
+        lexicon[word] = (*lexicon.get(word, ()), tuple(phones))
+    return lexicon  # of tuples, which the garbage collector does not go through
+
+
 def load_bundle(folder: Path) -> Bundle:
     """Read and check a bundle.
 
     Raises:
         BundleError: it is missing, incomplete, altered, or of another format.
     """
-    path = folder / CONFIG_NAME
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BundleError(
-            f"{folder} is no bundle: cannot read {path} ({error}); "
-            "name a folder that `voxgate export` wrote"
-        ) from error
-    config = _parse_config(text, path)
-    for name, expected in config.files.items():
-        _check_file(folder, name, expected)
+    config = read_config(BundleConfig, folder, _KIND)
     needed = [OFFLINE_GRAPH, STREAMING_GRAPH, *([LM_WORDS] if LM_BINARY in config.files else [])]
     if config.decoding.search_tokens == "phones":
         needed += [LEXICON, LM_NGRAM]
     for name in needed:
         if name not in config.files:
-            raise BundleError(f"{path} lists no {name}; export the bundle again")
+            raise BundleError(f"{folder / CONFIG_NAME} lists no {name}; export the bundle again")
     return Bundle(folder=folder, config=config)
 
 
@@ -297,28 +292,67 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+_Config = TypeVar("_Config", bound=BaseModel)
+
+
 class _Version(BaseModel):
     """The part of `config.json` that every format has."""
 
     format_version: int
 
 
-def _parse_config(text: str, path: Path) -> BundleConfig:
+class _Files(BaseModel):
+    """The part of `config.json` that says which files there are."""
+
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What is said of a kind of folder where one cannot be used."""
+
+    name: str
+    format_version: int
+    command: str
+    """That writes it."""
+    fix: str
+    """What to do with one that does not fit."""
+
+
+_KIND: Final = FolderKind("bundle", FORMAT_VERSION, "voxgate export", "export the bundle again")
+
+
+def read_config(model: type[_Config], folder: Path, kind: FolderKind) -> _Config:
+    """Read the `config.json` of a folder and check the files that it lists.
+
+    Raises:
+        BundleError: it is missing, incomplete, altered, or of another format.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(
+            f"{folder} is no {kind.name}: cannot read {path} ({error}); "
+            f"name a folder that `{kind.command}` wrote"
+        ) from error
     try:
         version = _Version.model_validate_json(text).format_version
-        if version != FORMAT_VERSION:
+        if version != kind.format_version:
             raise BundleError(
-                f"{path} has format version {version}, this Voxgate reads {FORMAT_VERSION}; "
-                "export the bundle again or use the Voxgate that wrote it"
+                f"{path} has format version {version}, this Voxgate reads {kind.format_version}; "
+                f"{kind.fix} or use the Voxgate that wrote it"
             )
-        config = BundleConfig.model_validate_json(text)
+        config = model.model_validate_json(text)
+        files = _Files.model_validate_json(text).files
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise BundleError(
-            f"{path} does not fit this version of Voxgate: {where}: {first['msg']}; "
-            "export the bundle again"
+            f"{path} does not fit this version of Voxgate: {where}: {first['msg']}; {kind.fix}"
         ) from error
+    for name, expected in files.items():
+        _check_file(folder, name, expected)
     return config
 
 

@@ -97,8 +97,9 @@ class Calls:
 
     def _check(self, request: Request) -> None:
         model = self.models.choose(request.model, request.language)
-        decoder = self._decoder_of(request, model)
-        model.live.decoder(decoder).open(phrases=request.phrases)
+        recogniser = model.live.in_domain(request.domain)
+        decoder = self._decoder_of(request, recogniser)
+        recogniser.decoder(decoder).open(phrases=request.phrases)
 
     async def recognise(
         self,
@@ -182,10 +183,11 @@ class Calls:
                 self.metrics.audio.labels("stream").inc(session.audio_s)
 
     def _open(self, request: StreamRequest, model: Model) -> Session:
-        decoder = self._decoder_of(request, model)
+        recogniser = model.live.in_domain(request.domain)
+        decoder = self._decoder_of(request, recogniser)
         limits = self.admission.limits
         return Session(
-            model.live,
+            recogniser,
             request,
             decoder=decoder,
             longest_s=limits.longest_stream_s,
@@ -209,8 +211,8 @@ class Calls:
     ) -> Recording:
         """Recognise a recording on this thread, until it is over."""
         with self.models.use(request.model, request.language) as model:
-            decoder = self._decoder_of(request, model)
-            recogniser = model.offline
+            recogniser = model.offline.in_domain(request.domain)
+            decoder = self._decoder_of(request, recogniser)
             segments: list[tuple[int, Segment]] = []
             channels = [0]
             if request.separates_channels:
@@ -261,11 +263,11 @@ class Calls:
             next(stream.drain(), None)
         return stream.n_channels or 1
 
-    def _decoder_of(self, request: Request, model: Model) -> DecoderName:
+    def _decoder_of(self, request: Request, recogniser: Recogniser) -> DecoderName:
         name = request.decoder or self._default_decoder
         if request.search_tokens and name.startswith("beam"):
             name = "beam-phones" if request.search_tokens == "phones" else "beam-characters"
-        model.live.decoder(name)  # refuses one that is not there
+        recogniser.decoder(name)  # refuses one that is not there
         return name
 
     async def _run(self, threads: Executor, work: Callable[..., T], *arguments: object) -> T:

@@ -45,6 +45,8 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measurements.")
 app.add_typer(bench_app, name="bench")
 models_app = typer.Typer(no_args_is_help=True, help="Models of a running server.")
 app.add_typer(models_app, name="models")
+domain_app = typer.Typer(no_args_is_help=True, help="What to listen for, and what it means.")
+app.add_typer(domain_app, name="domain")
 keys_app = typer.Typer(no_args_is_help=True, help="Keys of a server's clients.")
 app.add_typer(keys_app, name="keys")
 
@@ -119,6 +121,10 @@ BoostWeightOption = Annotated[
     float,
     typer.Option("--boost-weight", help="What a phrase adds to the log score; negative avoids it."),
 ]
+DomainOption = Annotated[
+    str,
+    typer.Option("--domain", metavar="NAME|DIR", help="Also say what was meant; see `domain`."),
+]
 AddressOption = Annotated[str, typer.Option("--address", metavar="H:P", help="The server.")]
 ApiKeyOption = Annotated[
     str | None,
@@ -159,6 +165,7 @@ def transcribe(
     ] = 1,
     boost: BoostOption = None,
     boost_weight: BoostWeightOption = 5.0,
+    domain: DomainOption = "",
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out recordings whose transcript exists.")
     ] = False,
@@ -179,7 +186,7 @@ def transcribe(
         _stderr.print(f"{len(jobs) - len(todo)} of {len(jobs)} transcripts exist already")
         jobs = todo
     n_threads = threads or count_usable_processors()
-    recogniser = _load(bundle, n_threads=1, decoder=decoder)
+    recogniser = _load(bundle, n_threads=1, decoder=decoder, domain=domain)
     phrases = [Phrase(text, boost_weight) for text in boost or []]
     recogniser.decoder(decoder.value).open(phrases=phrases)  # refuses what cannot be used
     n_failed, audio_s = 0, 0.0
@@ -275,6 +282,10 @@ def serve(  # noqa: PLR0913  # every option is an argument
         Path | None,
         typer.Option("--models", metavar="DIR", help="Folder of model folders; watched."),
     ] = None,
+    domains: Annotated[
+        list[Path] | None,
+        typer.Option("--domain", metavar="DIR", help="A domain beside those in the models."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="TCP port; 0 takes a free one.")
@@ -359,6 +370,7 @@ def serve(  # noqa: PLR0913  # every option is an argument
     logger.info("loading %s", ", ".join(map(str, [*folders, *([models] if models else [])])))
     settings = ServerSettings(
         folders=[find_bundle(folder) for folder in folders],
+        domains=domains or [],
         watched=models,
         host=host,
         port=port,
@@ -422,6 +434,9 @@ def stream(
     ] = True,
     boost: BoostOption = None,
     boost_weight: BoostWeightOption = 5.0,
+    domain: Annotated[
+        str, typer.Option("--domain", metavar="NAME", help="Also say what was meant.")
+    ] = "",
     single_utterance: Annotated[
         bool, typer.Option("--single-utterance", help="End with the first utterance.")
     ] = False,
@@ -445,6 +460,7 @@ def stream(
     recognition = pb.RecognitionConfig(
         decoder=kind,
         search_tokens=search_tokens or None,
+        domain=domain,
         speech_contexts=[pb.SpeechContext(phrases=boost, boost=boost_weight)] if boost else [],
     )
     if source == "-":
@@ -520,12 +536,11 @@ def train(
         typer.Argument(metavar="[section.key=value ...]", help="Settings that replace the file's."),
     ] = None,
 ) -> None:
-    """Train the acoustic model, or go on with a run that stopped."""
+    """Train a model, or go on with a run that stopped; `task` in the file says which kind."""
     _require_training("train")
-    from training.config import load_settings  # noqa: PLC0415
-    from training.train import train as run  # noqa: PLC0415
+    from training.tasks import run_task  # noqa: PLC0415
 
-    run(load_settings(config, overrides or []))
+    run_task(config, overrides or [])
 
 
 @app.command()
@@ -659,7 +674,8 @@ def models_list(
         profiles = ", ".join(
             f"{profile.name} ({profile.latency.ToMilliseconds()} ms)" for profile in model.profiles
         )
-        sys.stdout.write(f"{model.name}\t{model.language_code}\t{profiles}\n")
+        domains = ", ".join(model.domains) or "no domains"
+        sys.stdout.write(f"{model.name}\t{model.language_code}\t{profiles}\t{domains}\n")
 
 
 @models_app.command("reload")
@@ -671,6 +687,26 @@ def models_reload(
 
     changes = reload_models(address, api_key=api_key)
     sys.stdout.write("".join(f"{line}\n" for line in changes) or "nothing has changed\n")
+
+
+@domain_app.command("build")
+def domain_build(
+    source: Annotated[Path, typer.Argument(metavar="DOMAIN.yaml", help="What can be said.")],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="Default: domains/NAME in the bundle."),
+    ] = None,
+    bundle: BundleOption = None,
+) -> None:
+    """Build a domain from sentences and templates alone; no audio is needed."""
+    _require_training("domain build")
+    from export.domain import build_domain  # noqa: PLC0415
+
+    folder = find_bundle(bundle)
+    with _stderr.status("starting") as status:
+        report = build_domain(source, output, folder, on_step=status.update)
+    _stderr.print(f"wrote {report.folder}: {report}")
 
 
 @keys_app.command("add")
@@ -853,13 +889,18 @@ def _to_numbers(option: str, text: str) -> list[float]:
         _fail(f"{option} {text!r}: expected numbers such as 0.5,1", status=2)
 
 
-def _load(bundle: Path | None, *, n_threads: int, decoder: DecoderChoice) -> Recogniser:
+def _load(
+    bundle: Path | None, *, n_threads: int, decoder: DecoderChoice, domain: str = ""
+) -> Recogniser:
+    from service.domain import find_domain  # noqa: PLC0415
     from service.recogniser import load_recogniser  # noqa: PLC0415
 
     folder = find_bundle(bundle)
+    domains = [find_domain(domain, folder)] if domain else []
     name: DecoderName = decoder.value
     with _stderr.status(f"loading {folder}"):
-        return load_recogniser(folder, n_threads=n_threads, decoders=(name,))
+        recogniser = load_recogniser(folder, n_threads=n_threads, decoders=(name,), domains=domains)
+    return next(iter(recogniser.domains.values()), recogniser)
 
 
 def _progress_bar() -> Progress:

@@ -32,6 +32,8 @@ def _print_live(responses: Iterable[pb.StreamingRecognizeResponse], console: Con
             if response.results[0].is_final:
                 live.update("", refresh=True)
                 console.print(_transcript(response.results[0]))
+                if response.results[0].HasField("intent"):
+                    console.print(describe_intent(response.results[0]), style="cyan")
             else:
                 live.update(colour(response), refresh=True)
 
@@ -53,7 +55,15 @@ def _print_lines(response: pb.StreamingRecognizeResponse, output: TextIO) -> Non
     end_s = last.result_end_time.ToMilliseconds() / 1000
     transcript = "".join(_transcript(result) for result in response.results)
     output.write(f"{mark} {end_s:8.2f}  {transcript}\n")
+    if last.HasField("intent"):
+        output.write(f"intent            {describe_intent(last)}\n")
     output.flush()
+
+
+def describe_intent(result: pb.StreamingRecognitionResult) -> str:
+    """What was asked for, on one line."""
+    slots = "".join(f", {slot.name}: {slot.value}" for slot in result.slots)
+    return f"{result.intent.name or 'none'} ({result.intent.confidence:.2f}){slots}"
 
 
 def _transcript(result: pb.StreamingRecognitionResult) -> str:

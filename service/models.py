@@ -17,10 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from service.bundle import CONFIG_NAME
+from service.domain import bundled_domains
 from service.engine import Provider
 from service.errors import RequestError, ServerError, VoxgateError
 from service.recogniser import DecoderName, Recogniser, load_recogniser
-from service.scheduler import BatchSettings, Observe, Scheduler
+from service.scheduler import BatchSettings, Observe, Priority, Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class Model:
 
     folder: Path
     digest: str
-    """Of the bundle's `config.json`, which has the hashes of all its other files."""
+    """Of the `config.json` of the bundle and of its domains, which have all other files' hashes."""
     live: Recogniser
     """Its work goes before that of `offline`."""
     offline: Recogniser
@@ -57,6 +58,7 @@ def load_model(
     provider: Provider,
     decoders: Sequence[DecoderName] | None,
     batches: BatchSettings,
+    domains: Sequence[Path] = (),
     observe: Observe = lambda *_: None,
 ) -> Model:
     """Load a bundle behind a scheduler of its own.
@@ -66,6 +68,7 @@ def load_model(
         provider: where the acoustic model runs.
         decoders: which decoders are made; see `load_recogniser`.
         batches: how much is run at once.
+        domains: folders of domains beside those of the bundle.
         observe: told of each batch.
 
     Raises:
@@ -73,22 +76,36 @@ def load_model(
         ProviderError: the provider is not there.
     """
     digest = _digest(folder)
-    recogniser = load_recogniser(folder, provider=provider, decoders=decoders)
+    recogniser = load_recogniser(
+        folder,
+        provider=provider,
+        decoders=decoders,
+        domains=(*bundled_domains(folder), *domains),
+    )
     scheduler = Scheduler(recogniser.engine, recogniser.streaming_engine, batches, observe=observe)
-    live, offline = (  # offline, the utterances of one recording may use every lane
-        replace(
-            recogniser,
-            engine=scheduler.engine(priority),
-            streaming_engine=scheduler.streaming_engine(priority),
-            decoders={
-                name: scheduler.decoder(decoder, priority)
-                for name, decoder in recogniser.decoders.items()
-            },
-            utterances_at_once=batches.n_lanes * batches.most_utterances,
-        )
+    n_at_once = batches.n_lanes * batches.most_utterances  # one recording may use every lane
+    live, offline = (
+        _take_turns(replace(recogniser, utterances_at_once=n_at_once), scheduler, priority)
         for priority in ("live", "offline")
     )
     return Model(folder, digest, live, offline, scheduler)
+
+
+def _take_turns(recogniser: Recogniser, scheduler: Scheduler, priority: Priority) -> Recogniser:
+    """A recogniser, and those of its domains, whose heavy work the scheduler runs."""
+    return replace(
+        recogniser,
+        engine=scheduler.engine(priority),
+        streaming_engine=scheduler.streaming_engine(priority),
+        decoders={
+            name: scheduler.decoder(decoder, priority)
+            for name, decoder in recogniser.decoders.items()
+        },
+        domains={
+            name: _take_turns(in_domain, scheduler, priority)
+            for name, in_domain in recogniser.domains.items()
+        },
+    )
 
 
 class Models:
@@ -247,10 +264,13 @@ def _refuse_twins(models: Sequence[Model]) -> None:
 
 
 def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest()
+        for part in (folder, *bundled_domains(folder)):
+            digest.update((part / CONFIG_NAME).read_bytes())
     except OSError:  # loading it says what is wrong
         return ""
+    return digest.hexdigest()
 
 
 def _primary(language: str) -> str:

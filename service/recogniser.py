@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -27,12 +27,13 @@ from service.bundle import (
     Survival,
     load_bundle,
 )
-from service.decoding.beam import BeamDecoder, WordCalibration
+from service.decoding.beam import BeamDecoder, Lexicon, WordCalibration
 from service.decoding.compiled import announce
 from service.decoding.greedy import GreedyDecoder
 from service.decoding.hypothesis import Decoder, Hypothesis, Phrase, Word
 from service.decoding.ngram import NgramModel, load_ngram
 from service.decoding.reference import ReferenceDecoder
+from service.domain import READINGS, Domain, load_domain
 from service.endpointing import EndpointSettings
 from service.engine import (
     AcousticEngine,
@@ -89,6 +90,31 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Intent:
+    """What was asked for."""
+
+    name: str
+    """Empty where nothing was that the domain knows."""
+    confidence: float
+    """Between 0 and 1."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A value that goes with an intent; times count from the start of the recording."""
+
+    name: str
+    value: str
+    """In the words of the domain."""
+    raw: str
+    """The words as recognised."""
+    start_s: float
+    end_s: float
+    confidence: float
+    """Between 0 and 1."""
+
+
+@dataclass(frozen=True)
 class Segment:
     """A stretch of a recording and what was said in it."""
 
@@ -96,6 +122,10 @@ class Segment:
     """Best first, at least one."""
     end_s: float
     """Where the stretch ends, seconds from the start of the recording."""
+    intent: Intent | None = None
+    """What was asked for; None without a domain."""
+    slots: tuple[Slot, ...] = ()
+    """What goes with the intent, in order."""
 
 
 @dataclass
@@ -143,6 +173,10 @@ class Recogniser:
     utterances_at_once: int = 1
     """Of a long recording, given to the engine together. A processor gains nothing from more, and
     then no utterance's text depends on another's."""
+    domains: Mapping[str, Recogniser] = field(default_factory=dict)
+    """The same model, listening for what belongs to a domain, by its name."""
+    domain: Domain | None = None
+    """What is listened for; None for anything."""
     timings: Timings = field(default_factory=Timings)
 
     @property
@@ -172,6 +206,19 @@ class Recogniser:
                 f"the decoder {name} is not there; this model has {', '.join(self.decoders)}"
             )
         return self.decoders[name]
+
+    def in_domain(self, name: str) -> Recogniser:
+        """This recogniser, listening for what belongs to a domain; itself for an empty name.
+
+        Raises:
+            RequestError: there is no such domain.
+        """
+        if not name:
+            return self
+        if name not in self.domains:
+            known = ", ".join(self.domains) or "none"
+            raise RequestError(f"there is no domain {name!r}; this model has {known}")
+        return self.domains[name]
 
     @cached_property
     def greedy(self) -> GreedyDecoder:
@@ -388,14 +435,17 @@ class Recogniser:
         """
         start = time.perf_counter()
         searched = emission[:, self.columns(decoder)]
-        hypotheses = self.decoder(decoder).decode(searched, n_best=n_best, phrases=phrases)
+        n_read = n_best if self.domain is None else max(n_best, READINGS)
+        hypotheses = self.decoder(decoder).decode(searched, n_best=n_read, phrases=phrases)
         self.timings.decoding_s += time.perf_counter() - start
-        return Segment(
-            alternatives=tuple(
-                self._to_alternative(h, first_frame, earliest_frame) for h in hypotheses
-            ),
-            end_s=(first_frame + len(emission)) * self.frame_s,
+        alternatives = tuple(
+            self._to_alternative(h, first_frame, earliest_frame) for h in hypotheses
         )
+        segment = Segment(alternatives, end_s=(first_frame + len(emission)) * self.frame_s)
+        if self.domain is None:
+            return segment
+        understood = _understand(segment, self.domain)
+        return replace(understood, alternatives=understood.alternatives[:n_best])
 
     def emission(self, features: FloatArray) -> FloatArray:
         """Compute the log_probs of one utterance; see `emissions`."""
@@ -475,12 +525,42 @@ class Recogniser:
         return Alternative(words, score=hypothesis.score, confidence=hypothesis.confidence)
 
 
+def _understand(segment: Segment, domain: Domain) -> Segment:
+    """The segment with the reading that makes sense first, and what it means."""
+    alternatives = segment.alternatives
+    found = domain.interpret(
+        [[word.text for word in reading.words] for reading in alternatives],
+        [reading.confidence for reading in alternatives],
+    )
+    chosen = alternatives[found.reading]
+    slots = tuple(
+        Slot(
+            name=slot.name,
+            value=slot.value,
+            raw=" ".join(word.text for word in chosen.words[slot.begin : slot.end]),
+            start_s=chosen.words[slot.begin].start_s,
+            end_s=chosen.words[slot.end - 1].end_s,
+            confidence=slot.confidence
+            * min(word.confidence for word in chosen.words[slot.begin : slot.end]),
+        )
+        for slot in found.slots
+    )
+    others = (*alternatives[: found.reading], *alternatives[found.reading + 1 :])
+    return replace(
+        segment,
+        alternatives=(chosen, *others),
+        intent=Intent(found.intent, found.confidence),
+        slots=slots,
+    )
+
+
 def load_recogniser(
     folder: Path,
     *,
     provider: Provider = "cpu",
     n_threads: int = 1,
     decoders: Sequence[DecoderName] | None = None,
+    domains: Sequence[Path] = (),
 ) -> Recogniser:
     """Load a bundle, ready to use.
 
@@ -490,6 +570,7 @@ def load_recogniser(
         n_threads: threads of one run of the acoustic model and of numpy.
         decoders: which decoders are made; all but `greedy` load the language model. None makes all
             that the bundle has, but for the reference.
+        domains: folders of the domains that can be asked for.
 
     Raises:
         BundleError: the bundle is missing, incomplete, altered, or of another format.
@@ -522,7 +603,51 @@ def load_recogniser(
     )
     announce()
     recogniser.warm_up()
-    return recogniser
+    return _add_domains(recogniser, bundle, domains)
+
+
+def _add_domains(recogniser: Recogniser, bundle: Bundle, folders: Sequence[Path]) -> Recogniser:
+    """A recogniser that can also listen for some domains.
+
+    Args:
+        recogniser: of the bundle.
+        bundle: whose settings the searches take.
+        folders: what `voxgate domain build` wrote.
+
+    Raises:
+        BundleError: a domain cannot be used, or two have one name.
+    """
+    domains = dict(recogniser.domains)
+    for folder in folders:
+        domain = load_domain(folder)
+        name = domain.config.name
+        if name in domains:
+            raise BundleError(f"{folder} is a second domain {name}; expected each name once")
+        domains[name] = replace(
+            recogniser, decoders=_domain_decoders(recogniser, bundle, domain), domain=domain
+        )
+    return replace(recogniser, domains=domains)
+
+
+def _domain_decoders(
+    recogniser: Recogniser, bundle: Bundle, domain: Domain
+) -> dict[DecoderName, Decoder]:
+    """The recogniser's decoders, with the domain's language model where they have one."""
+    update = domain.config.search.model_dump(exclude_none=True)
+    searches: dict[SearchTokens, BeamDecoder] = {}
+    decoders: dict[DecoderName, Decoder] = {}
+    for name, decoder in recogniser.decoders.items():
+        if name == "greedy":
+            decoders[name] = decoder
+        elif name != "reference":
+            head = _search_tokens(name, bundle)
+            if head not in searches:
+                settings = bundle.config.decoding.of(head).model_copy(update=update)
+                searches[head] = make_beam_decoder(
+                    bundle, domain.lm, head, settings, lexicon=domain.lexicon
+                )
+            decoders[name] = searches[head]
+    return decoders
 
 
 def make_decoders(bundle: Bundle, names: Sequence[DecoderName]) -> dict[DecoderName, Decoder]:
@@ -550,9 +675,21 @@ def make_decoders(bundle: Bundle, names: Sequence[DecoderName]) -> dict[DecoderN
 
 
 def make_beam_decoder(
-    bundle: Bundle, lm: NgramModel | None, search_tokens: SearchTokens, settings: DecoderSettings
+    bundle: Bundle,
+    lm: NgramModel | None,
+    search_tokens: SearchTokens,
+    settings: DecoderSettings,
+    *,
+    lexicon: Lexicon | None = None,
 ) -> BeamDecoder:
     """The search over one head of a bundle's model.
+
+    Args:
+        bundle: the bundle.
+        lm: language model.
+        search_tokens: which head.
+        settings: of the search.
+        lexicon: pronunciations; None takes the bundle's.
 
     Raises:
         BundleError: phones are asked for and the bundle has no lexicon.
@@ -569,7 +706,7 @@ def make_beam_decoder(
     return BeamDecoder(
         bundle.config.phones,
         lm=lm,
-        lexicon=bundle.read_lexicon(),
+        lexicon=bundle.read_lexicon() if lexicon is None else lexicon,
         pronounce=Pronouncer(bundle.g2p_graph).pronounce if bundle.g2p_graph else None,
         calibration=calibration,
         **values,

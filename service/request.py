@@ -27,6 +27,8 @@ class Request:
     """Name of the model; empty takes the first that serves the language."""
     language: str = ""
     """BCP-47 tag, matched by its first part; empty takes any."""
+    domain: str = ""
+    """What is to be understood; empty for the words alone."""
     decoder: DecoderName | None = None
     """How emissions are searched; None as the server was started."""
     search_tokens: SearchTokens | None = None

@@ -69,6 +69,8 @@ class ServerSettings:
     """Bundles; the first serves requests that name nothing."""
     watched: Path | None = None
     """A folder of bundles; what appears or changes in it is loaded."""
+    domains: Sequence[Path] = ()
+    """Domains of every model, beside those in its own folder."""
     host: str = "127.0.0.1"
     port: int = 0
     """TCP port; 0 takes a free one."""
@@ -116,6 +118,7 @@ async def serve(
             provider=settings.provider,
             decoders=settings.decoders,
             batches=settings.batches,
+            domains=settings.domains,
             observe=metrics.observe_batch,
         ),
         settings.folders,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from service.recogniser import Segment, TimedWord
 
@@ -70,8 +70,35 @@ def _write_json(transcript: Transcript) -> str:
             for word in transcript.words
         ],
         "alternatives": _alternatives(transcript),
+        **_understood(transcript.segments),
     }
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _understood(segments: Sequence[Segment]) -> dict[str, Any]:
+    """What was asked for, first, where a domain was listened for."""
+    heard = [segment for segment in segments if segment.intent is not None]
+    asked = next((s for s in heard if s.intent is not None and s.intent.name), None)
+    segment = asked or next(iter(heard), None)
+    if segment is None or segment.intent is None:
+        return {}
+    return {
+        "intent": {
+            "name": segment.intent.name,
+            "confidence": round(segment.intent.confidence, _DECIMALS),
+        },
+        "slots": [
+            {
+                "name": slot.name,
+                "value": slot.value,
+                "raw": slot.raw,
+                "start_s": round(slot.start_s, _DECIMALS),
+                "end_s": round(slot.end_s, _DECIMALS),
+                "confidence": round(slot.confidence, _DECIMALS),
+            }
+            for slot in segment.slots
+        ],
+    }
 
 
 def _alternatives(transcript: Transcript) -> list[dict[str, str | float]]:

@@ -235,7 +235,9 @@ def test_phrases_that_cannot_be_used_are_refused(server: RunningServer) -> None:
 
 def test_fields_that_are_not_served_are_refused(server: RunningServer) -> None:
     wav = _wav(np.zeros(16_000, np.float32), 16_000)
-    assert "domain" in _refusal(server, wav, Config(domain="barista"))
+    assert "no domain 'tea'; this model has barista" in _refusal(server, wav, Config(domain="tea"))
+    twice = Config(domain="tea", model="en-small/barista")
+    assert "model names the domain 'barista'" in _refusal(server, wav, twice)
     assert "encoding" in _refusal(server, wav, Config(encoding=Config.MULAW))
     assert "encoding" in _refusal(server, wav, Config(encoding=99))  # type: ignore[arg-type]
     assert "decoder" in _refusal(server, wav, Config(decoder=99))  # type: ignore[arg-type]
@@ -484,10 +486,32 @@ def test_models_are_listed(server: RunningServer) -> None:
     assert [(m.name, m.language_code, m.sample_rate_hertz) for m in response.models] == [
         ("en-small", "en-US", 16_000)
     ]
+    assert list(response.models[0].domains) == ["barista"]
     profiles = response.models[0].profiles
     latencies_s = {p.name: p.latency.ToMilliseconds() / 1000 for p in profiles}
     assert latencies_s["fast"] == pytest.approx(0.655)
     assert latencies_s["balanced"] == pytest.approx(0.975)
+
+
+@pytest.mark.parametrize(
+    "config", [Config(domain="barista"), Config(model="en-small/barista")], ids=["domain", "model"]
+)
+def test_speech_that_is_no_order_has_an_empty_intent(
+    server: RunningServer, clips: list[Utterance], config: pb.RecognitionConfig
+) -> None:
+    response = _recognise(server, clips[0].audio_path.read_bytes(), config)
+    assert all(result.HasField("intent") for result in response.results)
+    assert {result.intent.name for result in response.results} == {""}
+    assert not any(result.slots for result in response.results)
+    streaming = pb.StreamingRecognitionConfig(config=config, interim_results=True)
+    data = clips[0].audio_path.read_bytes()
+    results = list(stream_recognise(server.address, [data], streaming))
+    assert all(result.HasField("intent") == result.is_final for result in results)
+
+
+def test_without_a_domain_there_is_no_intent(server: RunningServer, clips: list[Utterance]) -> None:
+    response = _recognise(server, clips[0].audio_path.read_bytes())
+    assert not any(result.HasField("intent") for result in response.results)
 
 
 def test_health_is_told_for_the_server_and_the_service(server: RunningServer) -> None:

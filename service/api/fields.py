@@ -31,6 +31,18 @@ _ENDPOINTING_FIELDS: Final = {
 }
 
 
+def split_model(name: str, domain: str = "") -> tuple[str, str]:
+    """The model and the domain of `model` or `model/domain`; a domain may also be told apart.
+
+    Raises:
+        RequestError: two different domains are named.
+    """
+    model, _, named = name.partition("/")
+    if named and domain not in ("", named):
+        raise RequestError(f"model names the domain {named!r}, domain {domain!r}; expected one")
+    return model, named or domain
+
+
 class Unsupported:
     """What is said to requests for what no model here can do."""
 

@@ -17,6 +17,7 @@ from service.api.fields import (
     audio_pieces,
     read_first,
     refuse,
+    split_model,
     to_duration,
     to_phrases,
     to_timeout,
@@ -153,7 +154,7 @@ def _to_request(config: pb.RecognitionConfig) -> Request:
     if config.encoding not in _ENCODINGS:
         served = ", ".join(_Config.AudioEncoding.Name(e) for e in _ENCODINGS)
         raise RequestError(f"encoding {config.encoding} is not served; expected one of {served}")
-    is_googles = config.model in _GOOGLES_MODELS
+    model, domain = split_model("" if config.model in _GOOGLES_MODELS else config.model)
     contexts = to_phrases((c.phrases, c.boost) for c in config.speech_contexts)
     return Request(
         audio=AudioFormat(
@@ -161,7 +162,8 @@ def _to_request(config: pb.RecognitionConfig) -> Request:
             sample_rate=config.sample_rate_hertz or None,
             n_channels=config.audio_channel_count or None,
         ),
-        model="" if is_googles else config.model,
+        model=model,
+        domain=domain,
         language=config.language_code,
         n_best=config.max_alternatives or 1,
         phrases=(*contexts, *_adaptation_phrases(config)),

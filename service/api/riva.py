@@ -15,6 +15,7 @@ from service.api.fields import (
     Unsupported,
     audio_pieces,
     read_first,
+    split_model,
     to_endpointing,
     to_phrases,
 )
@@ -103,16 +104,23 @@ class RivaService(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
     async def GetRivaSpeechRecognitionConfig(  # noqa: N802  # the name gRPC calls
         self, request: pb.RivaSpeechRecognitionConfigRequest, context: grpc.aio.ServicerContext
     ) -> pb.RivaSpeechRecognitionConfigResponse:
-        """List the models, once for streams (online) and once for recordings (offline)."""
+        """List the models and their domains, for streams (online) and for recordings (offline)."""
         del context
-        name = request.model_name
-        models = [m for m in self._calls.models.loaded if name in ("", m.name)]
-        if not models:
-            self._calls.models.choose(name, "")  # says which there are
+        wanted = request.model_name
+        listed = [
+            (name, model)
+            for model in self._calls.models.loaded
+            for name in (model.name, *(f"{model.name}/{domain}" for domain in model.live.domains))
+            if wanted in ("", name)
+        ]
+        if not listed:
+            model_name, domain_name = split_model(wanted)
+            model = self._calls.models.choose(model_name, "")  # says which there are
+            model.live.in_domain(domain_name)
         return pb.RivaSpeechRecognitionConfigResponse(
             model_config=[
                 pb.RivaSpeechRecognitionConfigResponse.Config(
-                    model_name=model.name,
+                    model_name=name,
                     parameters={
                         "language_code": model.language,
                         "type": kind,
@@ -121,7 +129,7 @@ class RivaService(riva_asr_pb2_grpc.RivaSpeechRecognitionServicer):
                         "decoder_type": "beam",
                     },
                 )
-                for model in models
+                for name, model in listed
                 for kind in ("online", "offline")
             ]
         )
@@ -139,13 +147,15 @@ def _to_request(config: pb.RecognitionConfig) -> Request:
     if config.encoding not in _ENCODINGS:
         served = ", ".join(riva_audio_pb2.AudioEncoding.Name(e) for e in _ENCODINGS)
         raise RequestError(f"encoding {config.encoding} is not served; expected one of {served}")
+    model, domain = split_model(config.model)
     return Request(
         audio=AudioFormat(
             encoding=_ENCODINGS[config.encoding],
             sample_rate=config.sample_rate_hertz or None,
             n_channels=config.audio_channel_count or None,
         ),
-        model=config.model,
+        model=model,
+        domain=domain,
         language=config.language_code,
         n_best=config.max_alternatives or 1,
         phrases=to_phrases((c.phrases, c.boost) for c in config.speech_contexts),

@@ -10,7 +10,7 @@ import grpc
 
 from service.api.fields import (
     read_first,
-    refuse,
+    split_model,
     to_duration,
     to_endpointing,
     to_phrases,
@@ -79,6 +79,8 @@ class SpeechService(speech_pb2_grpc.SpeechServicer):
                     channel_tag=channel,
                     result_end_time=to_duration(segment.end_s),
                     language_code=found.language,
+                    intent=_to_intent(segment),
+                    slots=_to_slots(segment),
                 )
                 for channel, segment in found.segments
             ],
@@ -141,7 +143,6 @@ async def _pieces(requests: AsyncIterator[pb.StreamingRecognizeRequest]) -> Asyn
 
 
 def _to_request(config: pb.RecognitionConfig) -> Request:
-    refuse(["domain"] if config.domain else [])
     if config.encoding not in _ENCODINGS:
         served = ", ".join(pb.RecognitionConfig.AudioEncoding.Name(e) for e in _ENCODINGS)
         raise RequestError(f"encoding {config.encoding} is not served; expected one of {served}")
@@ -154,13 +155,15 @@ def _to_request(config: pb.RecognitionConfig) -> Request:
             f"search_tokens {config.search_tokens} is unknown; expected CHARACTERS (1) or "
             "PHONES (2)"
         )
+    model, domain = split_model(config.model, config.domain)
     return Request(
         audio=AudioFormat(
             encoding=_ENCODINGS[config.encoding],
             sample_rate=config.sample_rate_hertz or None,
             n_channels=config.audio_channel_count or None,
         ),
-        model=config.model,
+        model=model,
+        domain=domain,
         language=config.language_code,
         decoder=_DECODERS[config.decoder],
         search_tokens=_SEARCH_TOKENS[config.search_tokens],
@@ -209,7 +212,28 @@ def _to_result(result: Result, channel: int, language: str) -> pb.StreamingRecog
         result_end_time=to_duration(segment.end_s),
         channel_tag=channel,
         language_code=language,
+        intent=_to_intent(segment),
+        slots=_to_slots(segment),
     )
+
+
+def _to_intent(segment: Segment) -> pb.Intent | None:
+    intent = segment.intent
+    return None if intent is None else pb.Intent(name=intent.name, confidence=intent.confidence)
+
+
+def _to_slots(segment: Segment) -> list[pb.Slot]:
+    return [
+        pb.Slot(
+            name=slot.name,
+            value=slot.value,
+            raw=slot.raw,
+            start_time=to_duration(slot.start_s),
+            end_time=to_duration(slot.end_s),
+            confidence=slot.confidence,
+        )
+        for slot in segment.slots
+    ]
 
 
 def _to_alternatives(
@@ -245,4 +269,5 @@ def _to_model(model: Model) -> pb.Model:
             pb.StreamingProfile(name=name, latency=to_duration(recogniser.latency_s(name)))
             for name in recogniser.profiles
         ],
+        domains=recogniser.domains,
     )

@@ -292,16 +292,18 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "language_code", "sample_rate_hertz", "profiles")
+    __slots__ = ("name", "language_code", "sample_rate_hertz", "profiles", "domains")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LANGUAGE_CODE_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_RATE_HERTZ_FIELD_NUMBER: _ClassVar[int]
     PROFILES_FIELD_NUMBER: _ClassVar[int]
+    DOMAINS_FIELD_NUMBER: _ClassVar[int]
     name: str
     language_code: str
     sample_rate_hertz: int
     profiles: _containers.RepeatedCompositeFieldContainer[StreamingProfile]
-    def __init__(self, name: _Optional[str] = ..., language_code: _Optional[str] = ..., sample_rate_hertz: _Optional[int] = ..., profiles: _Optional[_Iterable[_Union[StreamingProfile, _Mapping]]] = ...) -> None: ...
+    domains: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., language_code: _Optional[str] = ..., sample_rate_hertz: _Optional[int] = ..., profiles: _Optional[_Iterable[_Union[StreamingProfile, _Mapping]]] = ..., domains: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StreamingProfile(_message.Message):
     __slots__ = ("name", "latency")
