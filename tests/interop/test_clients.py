@@ -77,7 +77,9 @@ def _run(client: str, address: str, command: str, *arguments: str | Path) -> Any
 def test_riva_lists_models(running: RunningServer) -> None:
     models = _run("riva", running.address, "models")
     assert models == [
-        {"name": "en-small", "type": kind, "code": "en-US"} for kind in ("online", "offline")
+        {"name": name, "type": kind, "code": "en-US"}
+        for name in ("en-small", "en-small/barista")
+        for kind in ("online", "offline")
     ]
 
 
