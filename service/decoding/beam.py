@@ -491,9 +491,10 @@ class BeamSearch:
             return [self._decoder.to_hypothesis(*self.best_piece(is_end=is_end))]
         knowledge, state = self._knowledge, self._state
         beam = readings.read_beam(knowledge, state, is_end)
+        occurrences = readings.find_occurrences(knowledge, state, beam)
         found: dict[tuple[str, ...], Hypothesis] = {}
         for nodes, last_word, score in islice(_ways(state, beam), _MOST_WAYS * n_best):
-            words = readings.words_on(knowledge, state, beam, nodes, last_word)
+            words = readings.words_on(knowledge, state, occurrences, nodes, last_word)
             piece = self._whole(words)
             if piece.words not in found:
                 found[piece.words] = self._decoder.to_hypothesis(piece, score)
@@ -507,7 +508,8 @@ class BeamSearch:
         nodes = search.shared_way(state)
         if len(nodes) > 1:
             beam = readings.read_beam(self._knowledge, state, False)
-            words = readings.words_on(self._knowledge, state, beam, nodes, search.NO_WORD)
+            occurrences = readings.find_occurrences(self._knowledge, state, beam)
+            words = readings.words_on(self._knowledge, state, occurrences, nodes, search.NO_WORD)
             self._settled = self._whole(words)
             search.cut(state, int(nodes[-1]))
         needed = max(self._knowledge.settings.beam_width, len(state.free) // search.LEAST_FREE)

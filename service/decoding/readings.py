@@ -204,7 +204,8 @@ def read_best(knowledge: Knowledge, state: SearchState, is_end: bool) -> tuple[W
     """The words of the best reading and its log score; see `read_beam`."""
     beam = read_beam(knowledge, state, is_end)
     nodes, last_word, score = best_way(state, beam)
-    return words_on(knowledge, state, beam, nodes, last_word), score
+    occurrences = find_occurrences(knowledge, state, beam)
+    return words_on(knowledge, state, occurrences, nodes, last_word), score
 
 
 @allocating
@@ -238,14 +239,18 @@ def best_way(state: SearchState, beam: Readings) -> tuple[LongArray, int, float]
 
 @allocating
 def words_on(
-    knowledge: Knowledge, state: SearchState, beam: Readings, nodes: LongArray, last_word: int
+    knowledge: Knowledge,
+    state: SearchState,
+    occurrences: Occurrences,
+    nodes: LongArray,
+    last_word: int,
 ) -> Words:
     """The words on a way.
 
     Args:
         knowledge: what was searched for.
         state: the search.
-        beam: its readings.
+        occurrences: the words of all its readings.
         nodes: the way, the root first, int64.
         last_word: the word that ends with it, or `NO_WORD`.
     """
@@ -271,7 +276,7 @@ def words_on(
         spans.word,
         first_frame[spans.begin],
         last_frame[spans.end - 1],
-        _posteriors(knowledge, state, beam, spans),
+        _posteriors(knowledge, state, occurrences, spans),
         lowest_peak,
         mean_entropy,
         highest_entropy,
@@ -317,37 +322,36 @@ def _spans_on(knowledge: Knowledge, state: SearchState, nodes: LongArray, last_w
     )
 
 
+class Occurrences(NamedTuple):
+    """Every word of every reading, wherever it stands; one entry each."""
+
+    key: LongArray
+    """What tells the word from others, int64."""
+    begin: LongArray
+    """First frame of its first token, int64."""
+    end: LongArray
+    """Last frame of its last token, int64."""
+    mass: DoubleArray
+    """Share of all readings that have it there, float64, 0 to 1."""
+
+
 @allocating
-def _posteriors(
-    knowledge: Knowledge, state: SearchState, readings: Readings, spans: _Spans
-) -> DoubleArray:
-    """Share of all readings that have the same word at the same time.
-
-    Args:
-        knowledge: what was searched for.
-        state: the search.
-        readings: the beam.
-        spans: words of one reading.
-
-    Returns:
-        Between 0 and 1 for each word, float64.
-    """
-    n_words = len(spans.word)
-    keys = np.empty(n_words, np.int64)
-    for i in range(n_words):
-        keys[i] = _key(knowledge, state, spans.word[i], spans.last[i])[0]
-    heaviest = readings.log_mass.max()
-    mass = np.exp(readings.log_mass - heaviest)
+def find_occurrences(knowledge: Knowledge, state: SearchState, beam: Readings) -> Occurrences:
+    """The words of all readings of a beam."""
+    words = [np.int64(0) for _ in range(0)]
+    lasts = [np.int64(0) for _ in range(0)]
+    shares = [0.0 for _ in range(0)]
+    mass = np.exp(beam.log_mass - beam.log_mass.max())
     mass /= mass.sum()
     passing = np.zeros(len(state.parent))
-    found = np.zeros(n_words)
-    for i in range(len(readings.node)):
-        passing[readings.node[i]] += mass[i]
-        if readings.word[i] != NO_WORD and mass[i] > 0.0:
-            node = readings.node[i]
-            _count_word(knowledge, state, readings.word[i], node, mass[i], spans, keys, found)
-    for i in range(len(readings.order) - 1, -1, -1):
-        node = readings.order[i]
+    for i in range(len(beam.node)):
+        passing[beam.node[i]] += mass[i]
+        if beam.word[i] != NO_WORD and mass[i] > 0.0:
+            words.append(beam.word[i])
+            lasts.append(beam.node[i])
+            shares.append(mass[i])
+    for i in range(len(beam.order) - 1, -1, -1):
+        node = beam.order[i]
         rival = state.first_rival[node]
         while rival >= 0:
             passing[rival] += passing[node] * state.share[rival]
@@ -357,31 +361,37 @@ def _posteriors(
         if parent >= 0:
             passing[parent] += own
             if state.word[node] != NO_WORD and own > _LEAST_POSTERIOR:
-                _count_word(knowledge, state, state.word[node], parent, own, spans, keys, found)
+                words.append(np.int64(state.word[node]))
+                lasts.append(np.int64(parent))
+                shares.append(own)
+    n_found = len(words)
+    key = np.empty(n_found, np.int64)
+    begin = np.empty(n_found, np.int64)
+    end = np.empty(n_found, np.int64)
+    for i in range(n_found):
+        key[i], first = _key(knowledge, state, words[i], lasts[i])
+        begin[i], end[i] = state.first_frame[first], state.last_frame[lasts[i]]
+    return Occurrences(key, begin, end, np.array(shares))
+
+
+@allocating
+def _posteriors(
+    knowledge: Knowledge, state: SearchState, occurrences: Occurrences, spans: _Spans
+) -> DoubleArray:
+    """Share of all readings that have the same word at the same time, float64, (words,)."""
+    n_words = len(spans.word)
+    found = np.zeros(n_words)
+    for i in range(n_words):
+        key = _key(knowledge, state, spans.word[i], spans.last[i])[0]
+        begin, end = state.first_frame[spans.first[i]], state.last_frame[spans.last[i]]
+        for j in range(len(occurrences.key)):
+            if (
+                occurrences.key[j] == key
+                and occurrences.end[j] >= begin
+                and occurrences.begin[j] <= end
+            ):
+                found[i] += occurrences.mass[j]
     return np.minimum(found, 1.0)
-
-
-@compiled
-def _count_word(
-    knowledge: Knowledge,
-    state: SearchState,
-    word: int,
-    last: int,
-    mass: float,
-    spans: _Spans,
-    keys: LongArray,
-    found: DoubleArray,
-) -> None:
-    """Add the mass of a word's occurrence to the words it agrees with."""
-    key, first = _key(knowledge, state, word, last)
-    begin, end = state.first_frame[first], state.last_frame[last]
-    for i in range(len(keys)):
-        if (
-            keys[i] == key
-            and state.first_frame[spans.first[i]] <= end
-            and state.last_frame[spans.last[i]] >= begin
-        ):
-            found[i] += mass
 
 
 @compiled
