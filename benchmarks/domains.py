@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from speaking import speak_all
 from tqdm import tqdm
 
 from service.audio import load_audio
 from service.bundle import find_bundle
 from service.domain import find_domain, load_domain
 from service.manifest import read_manifest
-from service.processors import count_usable_processors
 from service.recogniser import FloatArray, Recogniser, Segment, load_recogniser
 from service.understanding import spans
 from training.grammar import Grammar, load_grammar
@@ -39,8 +35,6 @@ from training.slot_data import LabelledSentence
 
 _SEED: Final = 2_718
 _N_BABBLING: Final = 6
-_FLITE: Final = ("rms", "slt", "awb", "kal")
-_ESPEAK: Final = ("en-us", "en-us+f2", "en-gb", "en-us+m3", "en-gb-scotland+f4", "en-us+m7")
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ def main() -> None:
     commands = (
         list(read_commands(arguments.spoken, recogniser.sample_rate))
         if arguments.spoken
-        else speak_all(grammar, arguments.commands, recogniser.sample_rate)
+        else speak_commands(grammar, arguments.commands, recogniser.sample_rate)
     )
     babble = make_babble([command.waveform for command in commands])
     conditions: list[float | None] = [None, *map(float, filter(None, arguments.snr.split(",")))]
@@ -95,37 +89,14 @@ def read_commands(manifest: Path, sample_rate: int) -> Iterator[Command]:
         yield Command(row.get("speaker", ""), waveform, row["intent"], slots)
 
 
-def speak_all(grammar: Grammar, n: int, sample_rate: int) -> list[Command]:
+def speak_commands(grammar: Grammar, n: int, sample_rate: int) -> list[Command]:
     """Commands from speech synthesis."""
-    voices = [("flite", voice) for voice in _FLITE if shutil.which("flite")]
-    voices += [("espeak-ng", voice) for voice in _ESPEAK if shutil.which("espeak-ng")]
-    if not voices:
-        raise SystemExit("neither flite nor espeak-ng is installed: apt-get install flite")
     sentences = list(grammar.sample(n, seed=_SEED))
-    with ThreadPoolExecutor(count_usable_processors()) as pool:
-        return list(
-            pool.map(
-                lambda i: speak(sentences[i], grammar, voices[i % len(voices)], sample_rate),
-                range(len(sentences)),
-            )
-        )
-
-
-def speak(
-    sentence: LabelledSentence, grammar: Grammar, voice: tuple[str, str], sample_rate: int
-) -> Command:
-    """One command by one voice."""
-    engine, name = voice
-    text = " ".join(sentence.words)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "speech.wav"
-        command = {
-            "flite": ["flite", "-voice", name, "-t", text, "-o", str(path)],
-            "espeak-ng": ["espeak-ng", "-v", name, "-s", "150", "-w", str(path), text],
-        }[engine]
-        subprocess.run(command, check=True, capture_output=True)
-        waveform = load_audio(path, target_rate=sample_rate)
-    return Command(f"{engine} {name}", waveform, sentence.intent, slots_of(sentence, grammar), text)
+    texts = [" ".join(sentence.words) for sentence in sentences]
+    return [
+        Command(s.engine, s.waveform, sentence.intent, slots_of(sentence, grammar), s.text)
+        for sentence, s in zip(sentences, speak_all(texts, sample_rate), strict=True)
+    ]
 
 
 def slots_of(sentence: LabelledSentence, grammar: Grammar) -> frozenset[tuple[str, str]]:
@@ -187,7 +158,7 @@ def report(
         intent = segment.intent.name if segment.intent is not None else ""
         slots = frozenset((slot.name, slot.value) for slot in segment.slots)
         is_right = (intent, slots) == (command.intent, command.slots)
-        n_right.setdefault(command.voice.split()[0], []).append(is_right)
+        n_right.setdefault(command.voice, []).append(is_right)
         if is_verbose and not is_right:
             confidence = segment.intent.confidence if segment.intent is not None else 0.0
             heard = segment.alternatives[0]
