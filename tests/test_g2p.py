@@ -203,7 +203,7 @@ def _interrupt(directory: Path, *, at_step: int, monkeypatch: pytest.MonkeyPatch
     make_step = training_module._Run._step
 
     def stop(run: training_module._Run, *arguments: Any, **settings: Any) -> float:
-        if run.progress.step == at_step:
+        if run.weights.progress.step == at_step:
             raise KeyboardInterrupt
         return make_step(run, *arguments, **settings)
 

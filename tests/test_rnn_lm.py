@@ -121,7 +121,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     step = training_module._Run._step
 
     def stop(self: training_module._Run, *args: Any, **kwargs: Any) -> None:
-        if self.progress.step == n_steps:
+        if self.weights.progress.step == n_steps:
             raise KeyboardInterrupt
         step(self, *args, **kwargs)
 

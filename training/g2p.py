@@ -11,13 +11,11 @@ the pass alone, so the continuation equals an uninterrupted run.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -25,17 +23,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from service.errors import TrainingError
 from service.g2p import Pronouncer
 from service.text import BLANK_TOKEN, CHARACTERS, SPACE, collapse
-from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint
 from training.lexicon import PHONES, Dictionary, load_dictionary
 from training.model import RecurrentLayer, reversal_index
-from training.precision import choose_precision
 from training.schedule import learning_rate as rate_of_step
+from training.weights import BEST, LAST, Weights, draw_batches
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +40,7 @@ _TEST_PERCENT: Final = 5
 _DEV_PERCENT: Final = 2
 _WARMUP_SHARE: Final = 0.04
 _AVERAGE_DECAY: Final = 0.999
+_CLIP_NORM: Final = 1.0
 _POOLED_BATCHES: Final = 50
 _EVALUATED_WORDS: Final = 512
 
@@ -296,93 +293,80 @@ class _Run:
         settings: Mapping[str, Any],
         checkpoint_every_s: float,
     ) -> None:
-        self.directory = directory
         self.dictionary = dictionary
         self.settings = settings
         self.options: Mapping[str, Any] = settings["optimiser"]
-        self.checkpoint_every_s = checkpoint_every_s
         torch.manual_seed(self.options["seed"])
-        self.model = G2pModel(**settings["model"])
-        self.averaged = AveragedModel(self.model, avg_fn=_average)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, 0.98), weight_decay=0.01
-        )
+        model = G2pModel(**settings["model"])
         split = split_words(dictionary)
         self.dev = split.dev
-        self.examples = make_examples(
-            split.train, dictionary=dictionary, n_repeats=self.model.n_repeats
-        )
+        self.examples = make_examples(split.train, dictionary=dictionary, n_repeats=model.n_repeats)
         if not self.examples or not self.dev:
             raise TrainingError(
                 f"{len(self.examples)} pronunciations to train on and {len(self.dev)} words to "
                 "choose by; expected a dictionary of more words of a-z"
             )
-        self.progress = self._restore()
-        self.saved = time.monotonic()
+        self.weights = Weights(
+            directory,
+            model,
+            torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01),
+            settings=settings,
+            tokens=LETTERS,
+            phones=PHONES,
+            seed=self.options["seed"],
+            clip_norm=_CLIP_NORM,
+            average_decay=_AVERAGE_DECAY,
+            checkpoint_every_s=checkpoint_every_s,
+        )
+        self.weights.restore(self._refuse_another)
 
     def train(self, precision: str) -> G2pErrors:
-        dtype = self._choose_precision(precision)
-        n_parameters = sum(p.numel() for p in self.model.parameters())
+        first = self._make_batches()[0]
+        dtype = self.weights.choose_precision(
+            lambda dtype: self._compute_loss(first, dtype), precision
+        )
+        n_parameters = sum(p.numel() for p in self.weights.model.parameters())
         logger.info("%.1f M parameters, %d pronunciations", n_parameters / 1e6, len(self.examples))
-        while self.progress.epoch < self.options["n_epochs"]:
+        while self.weights.progress.epoch < self.options["n_epochs"]:
             self._train_pass(dtype)
             self._evaluate()
-            self._save("last.pt")
-        return self._count_errors(load_g2p(self.directory / "best.pt"))
+            self.weights.save(LAST)
+        return self._count_errors(load_g2p(self.weights.directory / BEST))
 
     def _train_pass(self, dtype: torch.dtype) -> None:
         """What is left of one pass over the training words."""
         batches = self._make_batches()
-        bar = tqdm(
-            batches[self.progress.batch :],
-            desc=f"pass {self.progress.epoch + 1}/{self.options['n_epochs']}",
-            initial=self.progress.batch,
-            total=len(batches),
-            mininterval=5.0,
+        self.weights.train_pass(
+            batches,
+            lambda batch: self._step(batch, dtype, n_batches=len(batches)),
+            n_passes=self.options["n_epochs"],
         )
-        for batch in bar:
-            loss = self._step(batch, dtype, n_batches=len(batches))
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self.progress = replace(
-                self.progress, batch=self.progress.batch + 1, step=self.progress.step + 1
-            )
-            if time.monotonic() - self.saved >= self.checkpoint_every_s:
-                self._save("last.pt")
-        self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
 
     def _step(self, batch: Sequence[Example], dtype: torch.dtype, *, n_batches: int) -> float:
         """One optimiser step; returns the loss a phone."""
         n_steps = n_batches * self.options["n_epochs"]
         rate = rate_of_step(
-            self.progress.step,
-            progress=self.progress.step / n_steps,
+            self.weights.progress.step,
+            progress=self.weights.progress.step / n_steps,
             n_warmup_steps=round(_WARMUP_SHARE * n_steps),
             highest=self.options["learning_rate"],
             final=0.0,
         )
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(self.options["seed"] * 1_000_003 + self.progress.step)
-        loss = self._compute_loss(batch, dtype)
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, error_if_nonfinite=True)
-        self.optimiser.step()
-        self.averaged.update_parameters(self.model)
-        return loss.item()
+        return self.weights.step(lambda: self._compute_loss(batch, dtype), rate=rate)
 
     def _compute_loss(self, batch: Sequence[Example], dtype: torch.dtype) -> Tensor:
         """CTC loss of a batch, a phone."""
         letters, lengths = _pad([example.letters for example in batch])
         phones = torch.cat([example.phones for example in batch])
         phone_lengths = torch.tensor([len(example.phones) for example in batch])
-        self.model.train()
+        model = self.weights.model
+        model.train()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            log_probs = self.model(letters, lengths)
+            log_probs = model(letters, lengths)
         loss = nn.functional.ctc_loss(
             log_probs.transpose(0, 1),  # time first, as torch wants it
             phones,
-            lengths * self.model.n_repeats,
+            lengths * model.n_repeats,
             phone_lengths,
             reduction="sum",
         )
@@ -390,32 +374,24 @@ class _Run:
 
     def _make_batches(self) -> list[list[Example]]:
         """The batches of this pass, each of words of similar length."""
-        draw = random.Random(f"{self.options['seed']} {self.progress.epoch}")
-        shuffled = draw.sample(self.examples, len(self.examples))
-        size = self.options["batch_size"]
-        batches = []
-        for first in range(0, len(shuffled), size * _POOLED_BATCHES):
-            pool = shuffled[first : first + size * _POOLED_BATCHES]
-            pool.sort(key=lambda example: len(example.letters))
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-        draw.shuffle(batches)
-        return batches
+        return draw_batches(
+            self.examples,
+            size=self.options["batch_size"],
+            n_pooled=_POOLED_BATCHES,
+            length=lambda example: len(example.letters),
+            draw=random.Random(f"{self.options['seed']} {self.weights.progress.epoch}"),
+        )
 
     def _evaluate(self) -> None:
         """Score the averaged weights on the development words; keep them if they are the best."""
-        averaged = self.averaged.module
-        assert isinstance(averaged, G2pModel)
-        errors = self._count_errors(averaged)
-        if errors.word_error < self.progress.best_cer:
-            self.progress = replace(self.progress, best_cer=errors.word_error)
-            self._save("best.pt")
+        errors = self._count_errors(self.weights.averaged)
+        self.weights.keep_if_best(errors.word_error)
         row = {
-            "epoch": self.progress.epoch,
+            "epoch": self.weights.progress.epoch,
             "word_error": round(errors.word_error, 4),
             "phone_error": round(errors.phone_error, 4),
         }
-        with (self.directory / "dev.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
+        self.weights.log(row)
         logger.info(
             "pass %(epoch)d: word error %(word_error).4f, phone error %(phone_error).4f", row
         )
@@ -424,54 +400,12 @@ class _Run:
         pronounced = pronounce_greedily(model, self.dev)
         return count_errors(pronounced, words=self.dev, dictionary=self.dictionary)
 
-    def _choose_precision(self, requested: str) -> torch.dtype:
-        batch = self._make_batches()[0]
-
-        def step(dtype: torch.dtype) -> None:
-            self._compute_loss(batch, dtype).backward()
-            self.optimiser.zero_grad()
-
-        return choose_precision(step, requested)
-
-    def _restore(self) -> Progress:
-        """Continue from `last.pt` where there is one."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "last.pt"
-        if not path.exists():
-            return Progress()
-        checkpoint = load_checkpoint(path)
-        if checkpoint.settings != self.settings:
+    def _refuse_another(self, settings: Mapping[str, Any]) -> None:
+        if settings != self.settings:
             raise TrainingError(
-                f"{self.directory} holds a run with {checkpoint.settings}, asked for was "
+                f"{self.weights.directory} holds a run with {settings}, asked for was "
                 f"{self.settings}; choose another directory or delete it"
             )
-        assert checkpoint.model is not None
-        assert checkpoint.optimiser is not None
-        self.model.load_state_dict(checkpoint.model)
-        self.averaged.module.load_state_dict(checkpoint.averaged)
-        self.averaged.n_averaged.fill_(checkpoint.progress.step)
-        self.optimiser.load_state_dict(checkpoint.optimiser)
-        logger.info("going on at step %d", checkpoint.progress.step)
-        return checkpoint.progress
-
-    def _save(self, name: str) -> None:
-        checkpoint = Checkpoint(
-            settings=dict(self.settings),
-            tokens=list(LETTERS),
-            phones=list(PHONES),
-            averaged=self.averaged.module.state_dict(),
-            progress=self.progress,
-            model=self.model.state_dict(),
-            optimiser=self.optimiser.state_dict(),
-        )
-        save_checkpoint(checkpoint, self.directory / name)
-        self.saved = time.monotonic()
-
-
-def _average(averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
-    """An exponential average that forgets faster while it is young."""
-    decay = min(_AVERAGE_DECAY, (1 + int(n_averaged)) / (10 + int(n_averaged)))
-    return torch.lerp(averaged, current, 1 - decay)
 
 
 def _encode(word: str) -> Tensor:

@@ -14,24 +14,21 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Final, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from service.errors import TrainingError
 from service.rescorer import Pieces
-from training.checkpoint import Checkpoint, Progress, State, load_checkpoint, save_checkpoint
+from training.checkpoint import Checkpoint, State, load_checkpoint
 from training.config import Settings
 from training.lm_text import (
     EncodedText,
@@ -45,8 +42,8 @@ from training.lm_text import (
     make_pieces,
     pad_batch,
 )
-from training.precision import choose_precision
 from training.schedule import learning_rate as rate_of_step
+from training.weights import BEST, LAST, Weights
 
 logger = logging.getLogger(__name__)
 
@@ -284,8 +281,7 @@ def score_tokens(model: LanguageModel, text: EncodedText) -> torch.Tensor:
 class _Run:
     def __init__(self, settings: LanguageModelSettings) -> None:
         self.settings = settings
-        self.directory = settings.run.directory
-        self.directory.mkdir(parents=True, exist_ok=True)
+        settings.run.directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.run.seed)
         initial = settings.run.initial_checkpoint
         self.initial = None if initial is None else load_checkpoint(initial)
@@ -302,32 +298,42 @@ class _Run:
             int(self.words_before[-1]) + len(self.text.starts) - 1
         )
         self.dev = encode_text([text.part for text in settings.data.dev], self.pieces, words)
-        self.model = LanguageModel(len(self.pieces.names), **settings.model.model_dump())
+        model = LanguageModel(len(self.pieces.names), **settings.model.model_dump())
         if self.initial is not None:
-            self.model.load_state_dict(self.initial.averaged)
-        self.averaged = AveragedModel(self.model, avg_fn=self._average)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(),
-            betas=(0.9, 0.99),
-            weight_decay=settings.optimiser.weight_decay,
+            model.load_state_dict(self.initial.averaged)
+        options = settings.optimiser
+        self.weights = Weights(
+            settings.run.directory,
+            model,
+            torch.optim.AdamW(
+                model.parameters(), betas=(0.9, 0.99), weight_decay=options.weight_decay
+            ),
+            settings=self._describe(),
+            tokens=self.pieces.names,
+            seed=settings.run.seed,
+            clip_norm=options.clip_norm,
+            average_decay=options.average_decay,
+            checkpoint_every_s=settings.run.checkpoint_every_s,
         )
-        self.progress = self._restore()
+        self.weights.restore(self._refuse_another)
         self.loss = math.nan  # a piece, averaged over the last steps; shown only
-        self.saved = time.monotonic()
 
     def train(self) -> Path:
-        n_parameters = sum(p.numel() for p in self.model.parameters())
+        n_parameters = sum(p.numel() for p in self.weights.model.parameters())
         logger.info("%.1f M parameters, %d tokens", n_parameters / 1e6, len(self.text.tokens))
-        dtype = self._choose_precision()
-        while self.progress.epoch < self.settings.optimiser.n_passes:
+        first = self._make_batches()[0]
+        dtype = self.weights.choose_precision(
+            lambda dtype: self._compute_loss(first, dtype), self.settings.run.precision
+        )
+        while self.weights.progress.epoch < self.settings.optimiser.n_passes:
             self._train_pass(dtype)
-        return self.directory / "best.pt"
+        return self.weights.directory / BEST
 
     def _find_pieces(self, counts: Counter[str]) -> Pieces:
         """Those of the initial checkpoint or of this folder's run, else new ones."""
         if self.initial is not None:
             return _pieces_of(self.initial)
-        path = self.directory / "pieces.json"
+        path = self.settings.run.directory / "pieces.json"
         if path.exists():
             return Pieces.from_metadata(json.loads(path.read_text(encoding="utf-8")))
         data = self.settings.data
@@ -339,8 +345,8 @@ class _Run:
         """What is left of one pass over the training text."""
         batches = self._make_batches()
         n_words = [self._count_words(batch) for batch in batches]
-        done = self.progress.batch
-        label = f"pass {self.progress.epoch + 1}/{self.settings.optimiser.n_passes}"
+        done = self.weights.progress.batch
+        label = f"pass {self.weights.progress.epoch + 1}/{self.settings.optimiser.n_passes}"
         with tqdm(
             desc=label,
             total=sum(n_words),
@@ -350,62 +356,50 @@ class _Run:
             mininterval=10.0,
         ) as bar:
             for batch, n in zip(batches[done:], n_words[done:], strict=True):
-                self._step(batch, dtype, share=self.progress.batch / len(batches))
+                self._step(batch, dtype, share=self.weights.progress.batch / len(batches))
                 bar.set_postfix(perplexity=f"{self._word_perplexity():.1f}", refresh=False)
                 bar.update(n)
-                self._advance(ends_pass=self.progress.batch + 1 == len(batches))
+                self._advance(ends_pass=self.weights.progress.batch + 1 == len(batches))
 
     def _advance(self, *, ends_pass: bool) -> None:
         """Count the step; evaluate and save where it is time."""
-        progress = replace(
-            self.progress, batch=self.progress.batch + 1, step=self.progress.step + 1
-        )
+        self.weights.advance()
         if ends_pass:
-            progress = replace(progress, epoch=progress.epoch + 1, batch=0)
-        self.progress = progress
-        if ends_pass or progress.step % self.settings.run.evaluate_every_steps == 0:
+            self.weights.end_pass()
+        step = self.weights.progress.step
+        if ends_pass or step % self.settings.run.evaluate_every_steps == 0:
             self._evaluate()
-            self._save("last.pt")
-        elif time.monotonic() - self.saved >= self.settings.run.checkpoint_every_s:
-            self._save("last.pt")
+            self.weights.save(LAST)
+        else:
+            self.weights.save_if_due()
 
     def _step(self, batch: IntArray, dtype: torch.dtype, *, share: float) -> None:
         """One optimiser step, `share` of the pass being done."""
         options = self.settings.optimiser
         rate = rate_of_step(
-            self.progress.step,
-            progress=(self.progress.epoch + share) / options.n_passes,
+            self.weights.progress.step,
+            progress=(self.weights.progress.epoch + share) / options.n_passes,
             n_warmup_steps=options.n_warmup_steps,
             highest=options.learning_rate,
             final=options.final_learning_rate,
         )
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(self.settings.run.seed * 1_000_003 + self.progress.step)
-        loss = self._compute_loss(batch, dtype)
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(
-            self.model.parameters(), options.clip_norm, error_if_nonfinite=True
-        )
-        self.optimiser.step()
-        self.averaged.update_parameters(self.model)
-        before = loss.item() if math.isnan(self.loss) else self.loss
-        self.loss = _LOSS_DECAY * before + (1 - _LOSS_DECAY) * loss.item()
+        loss = self.weights.step(lambda: self._compute_loss(batch, dtype), rate=rate)
+        before = loss if math.isnan(self.loss) else self.loss
+        self.loss = _LOSS_DECAY * before + (1 - _LOSS_DECAY) * loss
 
     def _compute_loss(self, batch: IntArray, dtype: torch.dtype) -> Tensor:
         """Cross entropy of a batch, a token."""
         read, wanted = map(torch.from_numpy, pad_batch(self.text, batch))
-        self.model.train()
+        self.weights.model.train()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            logits = self.model(read)
+            logits = self.weights.model(read)
         return nn.functional.cross_entropy(
             logits.float().flatten(0, 1), wanted.flatten(), ignore_index=-1
         )
 
     def _make_batches(self) -> list[IntArray]:
         """The batches of this pass."""
-        data, epoch = self.settings.data, self.progress.epoch
+        data, epoch = self.settings.data, self.weights.progress.epoch
         passages, first = [], 0
         for place, (text, n_repeats) in enumerate(self.texts):
             for repeat in range(n_repeats):
@@ -433,75 +427,30 @@ class _Run:
 
     def _evaluate(self) -> None:
         """Score the averaged weights on the development text; keep them if they are the best."""
-        averaged = cast(LanguageModel, self.averaged.module)
-        found = perplexity(averaged, self.dev)
-        if found < self.progress.best_cer:
-            self.progress = replace(self.progress, best_cer=found)
-            self._save("best.pt")
+        found = perplexity(self.weights.averaged, self.dev)
+        self.weights.keep_if_best(found)
         row = {
-            "epoch": self.progress.epoch,
-            "step": self.progress.step,
+            "epoch": self.weights.progress.epoch,
+            "step": self.weights.progress.step,
             "perplexity": round(found, 2),
             "train_perplexity": round(self._word_perplexity(), 2),
         }
-        with (self.directory / "dev.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
+        self.weights.log(row)
         logger.info("step %(step)d: perplexity %(perplexity).2f", row)
 
-    def _choose_precision(self) -> torch.dtype:
-        batch = self._make_batches()[0]
-
-        def step(dtype: torch.dtype) -> None:
-            self._compute_loss(batch, dtype).backward()
-            self.optimiser.zero_grad()
-
-        return choose_precision(step, self.settings.run.precision)
-
-    def _restore(self) -> Progress:
-        """Continue from `last.pt` where there is one."""
-        path = self.directory / "last.pt"
-        if not path.exists():
-            return Progress()
-        checkpoint = load_checkpoint(path)
+    def _refuse_another(self, settings: State) -> None:
         asked = self._describe()
         for section in ("data", "model"):
-            if checkpoint.settings[section] != asked[section]:
+            if settings[section] != asked[section]:
                 raise TrainingError(
-                    f"{self.directory} holds a run with {checkpoint.settings[section]}, asked for "
+                    f"{self.weights.directory} holds a run with {settings[section]}, asked for "
                     f"was {asked[section]}; choose another directory or delete it"
                 )
-        assert checkpoint.model is not None
-        assert checkpoint.optimiser is not None
-        self.model.load_state_dict(checkpoint.model)
-        self.averaged.module.load_state_dict(checkpoint.averaged)
-        self.averaged.n_averaged.fill_(checkpoint.progress.step)
-        self.optimiser.load_state_dict(checkpoint.optimiser)
-        logger.info("going on at step %d", checkpoint.progress.step)
-        return checkpoint.progress
-
-    def _save(self, name: str) -> None:
-        checkpoint = Checkpoint(
-            settings=self._describe(),
-            tokens=list(self.pieces.names),
-            phones=[],
-            averaged=self.averaged.module.state_dict(),
-            progress=self.progress,
-            model=self.model.state_dict(),
-            optimiser=self.optimiser.state_dict(),
-        )
-        save_checkpoint(checkpoint, self.directory / name)
-        self.saved = time.monotonic()
 
     def _describe(self) -> State:
         """The settings as plain data, with what the pieces need besides their names."""
         sections: State = self.settings.model_dump(mode="json", exclude={"run"})
         return {**sections, "piece_scores": list(self.pieces.scores)}
-
-    def _average(self, averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
-        """An exponential average that forgets faster while it is young."""
-        young = (1 + int(n_averaged)) / (10 + int(n_averaged))
-        decay = min(self.settings.optimiser.average_decay, young)
-        return torch.lerp(averaged, current, 1 - decay)
 
 
 def _pieces_of(checkpoint: Checkpoint) -> Pieces:

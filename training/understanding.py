@@ -12,22 +12,18 @@ an uninterrupted run.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-import time
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from service.errors import TrainingError
 from service.understanding import (
@@ -43,11 +39,10 @@ from service.understanding import (
     shape_word,
     spans,
 )
-from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint
 from training.config import Settings
 from training.lexicon import load_dictionary
 from training.model import RecurrentLayer, reversal_index
-from training.precision import choose_precision
 from training.schedule import learning_rate as rate_of_step
 from training.slot_data import (
     Confusions,
@@ -60,6 +55,7 @@ from training.slot_data import (
     read_sentences,
     swap_values,
 )
+from training.weights import BEST, LAST, Weights, draw_batches
 
 logger = logging.getLogger(__name__)
 
@@ -285,7 +281,7 @@ def fit(
         checkpoint_every_s=checkpoint_every_s,
     )
     run.train(precision)
-    return directory / "best.pt"
+    return directory / BEST
 
 
 def load_understanding(path: Path) -> UnderstandingModel:
@@ -552,11 +548,9 @@ class _Run:
         seed: int,
         checkpoint_every_s: float,
     ) -> None:
-        self.directory = directory
         self.train_sentences, self.dev_sentences = train, dev
         self.augment, self.options, self.seed = augment, optimiser, seed
         self.confusions = confusions
-        self.checkpoint_every_s = checkpoint_every_s
         self.values = collect_values(train)
         vocabulary = make_vocabulary(train)
         self.encoder = Encoder(vocabulary)
@@ -572,47 +566,46 @@ class _Run:
             "vocabulary": {name: list(entries) for name, entries in asdict(vocabulary).items()},
         }
         torch.manual_seed(seed)
-        self.model = UnderstandingModel(vocabulary, **model.model_dump())
-        self.averaged = AveragedModel(self.model, avg_fn=self._average)
-        self.optimiser = torch.optim.AdamW(
-            self.model.parameters(),
-            betas=(0.9, 0.98),
-            weight_decay=optimiser.weight_decay,
-            fused=True,
+        network = UnderstandingModel(vocabulary, **model.model_dump())
+        self.weights = Weights(
+            directory,
+            network,
+            torch.optim.AdamW(
+                network.parameters(),
+                betas=(0.9, 0.98),
+                weight_decay=optimiser.weight_decay,
+                fused=True,
+            ),
+            settings=self.settings,
+            seed=seed,
+            clip_norm=optimiser.clip_norm,
+            average_decay=optimiser.average_decay,
+            checkpoint_every_s=checkpoint_every_s,
         )
-        self.progress = self._restore()
-        self.saved = time.monotonic()
+        self.weights.restore(self._refuse_another)
 
     def train(self, precision: str) -> None:
-        dtype = self._choose_precision(precision)
-        n_parameters = sum(p.numel() for p in self.model.parameters())
+        first = self._make_batches()[0]
+        dtype = self.weights.choose_precision(
+            lambda dtype: self._compute_loss(first, dtype), precision
+        )
+        n_parameters = sum(p.numel() for p in self.weights.model.parameters())
         logger.info(
             "%.1f M parameters, %d sentences", n_parameters / 1e6, len(self.train_sentences)
         )
-        while self.progress.epoch < self.options.n_epochs:
+        while self.weights.progress.epoch < self.options.n_epochs:
             self._train_pass(dtype)
             self._evaluate()
-            self._save("last.pt")
+            self.weights.save(LAST)
 
     def _train_pass(self, dtype: torch.dtype) -> None:
         """What is left of one pass over the training sentences."""
         batches = self._make_batches()
-        bar = tqdm(
-            batches[self.progress.batch :],
-            desc=f"pass {self.progress.epoch + 1}/{self.options.n_epochs}",
-            initial=self.progress.batch,
-            total=len(batches),
-            mininterval=5.0,
+        self.weights.train_pass(
+            batches,
+            lambda batch: self._step(batch, dtype, n_batches=len(batches)),
+            n_passes=self.options.n_epochs,
         )
-        for batch in bar:
-            loss = self._step(batch, dtype, n_batches=len(batches))
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            self.progress = replace(
-                self.progress, batch=self.progress.batch + 1, step=self.progress.step + 1
-            )
-            if time.monotonic() - self.saved >= self.checkpoint_every_s:
-                self._save("last.pt")
-        self.progress = replace(self.progress, epoch=self.progress.epoch + 1, batch=0)
 
     def _step(
         self, batch: Sequence[LabelledSentence], dtype: torch.dtype, *, n_batches: int
@@ -620,28 +613,17 @@ class _Run:
         """One optimiser step; returns the loss a sentence."""
         n_steps = n_batches * self.options.n_epochs
         rate = rate_of_step(
-            self.progress.step,
-            progress=self.progress.step / n_steps,
+            self.weights.progress.step,
+            progress=self.weights.progress.step / n_steps,
             n_warmup_steps=round(_WARMUP_SHARE * n_steps),
             highest=self.options.learning_rate,
             final=0.0,
         )
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        torch.manual_seed(self.seed * 1_000_003 + self.progress.step)
-        loss = self._compute_loss(batch, dtype)
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.options.clip_norm, error_if_nonfinite=True
-        )
-        self.optimiser.step()
-        self.averaged.update_parameters(self.model)
-        return loss.item()
+        return self.weights.step(lambda: self._compute_loss(batch, dtype), rate=rate)
 
     def _compute_loss(self, batch: Sequence[LabelledSentence], dtype: torch.dtype) -> Tensor:
         """Negative log probability of labels and intent, a sentence."""
-        draw = random.Random(f"{self.seed} step {self.progress.step}")
+        draw = random.Random(f"{self.seed} step {self.weights.progress.step}")
         varied = [self._vary(sentence, draw) for sentence in batch]
         encoded = self.encoder.encode([sentence.words for sentence in varied])
         words, characters, lengths = map(torch.from_numpy, encoded)
@@ -650,10 +632,11 @@ class _Run:
             ids = [self.label_ids[label] for label in sentence.labels]
             labels[row, : len(ids)] = torch.tensor(ids)
         intents = torch.tensor([self.intent_ids[sentence.intent] for sentence in varied])
-        self.model.train()
+        model = self.weights.model
+        model.train()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-            emissions, log_probs = self.model(self._hide(words), characters, lengths)
-        label_loss = -self.model.crf.log_prob(emissions, labels, lengths).mean()
+            emissions, log_probs = model(self._hide(words), characters, lengths)
+        label_loss = -model.crf.log_prob(emissions, labels, lengths).mean()
         return label_loss + nn.functional.nll_loss(log_probs, intents)
 
     def _vary(self, sentence: LabelledSentence, draw: random.Random) -> LabelledSentence:
@@ -664,7 +647,7 @@ class _Run:
             sentence,
             self.confusions,
             probability=self.augment.noise,
-            vocabulary=self.model.vocabulary.words,
+            vocabulary=self.weights.model.vocabulary.words,
             draw=draw,
         )
 
@@ -677,97 +660,45 @@ class _Run:
 
     def _make_batches(self) -> list[list[LabelledSentence]]:
         """The batches of this pass, each of sentences of similar length."""
-        draw = random.Random(f"{self.seed} pass {self.progress.epoch}")
-        shuffled = draw.sample(self.train_sentences, len(self.train_sentences))
-        size = self.options.batch_size
-        batches = []
-        for first in range(0, len(shuffled), size * _POOLED_BATCHES):
-            pool = shuffled[first : first + size * _POOLED_BATCHES]
-            pool.sort(key=lambda sentence: len(sentence.words))
-            batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-        draw.shuffle(batches)
-        return batches
+        return draw_batches(
+            self.train_sentences,
+            size=self.options.batch_size,
+            n_pooled=_POOLED_BATCHES,
+            length=lambda sentence: len(sentence.words),
+            draw=random.Random(f"{self.seed} pass {self.weights.progress.epoch}"),
+        )
 
     def _evaluate(self) -> None:
         """Score the averaged weights on the development sentences; keep the best, late ones first.
 
         What counts is the mean of slot F1 and of the share of sentences that are all right.
         """
-        averaged = self.averaged.module
-        assert isinstance(averaged, UnderstandingModel)
-        parses = predict(averaged, [sentence.words for sentence in self.dev_sentences])
+        parses = predict(self.weights.averaged, [s.words for s in self.dev_sentences])
         scores = score_parses(parses, self.dev_sentences)
         error = 1 - (scores.slot_f1 + scores.sentence_accuracy) / 2
-        if error <= self.progress.best_cer:
-            self.progress = replace(self.progress, best_cer=error)
-            self._save("best.pt")
+        self.weights.keep_if_best(error, or_equal=True)
         row = {
-            "epoch": self.progress.epoch,
+            "epoch": self.weights.progress.epoch,
             "slot_f1": round(scores.slot_f1, 4),
             "intent": round(scores.intent_accuracy, 4),
             "sentence": round(scores.sentence_accuracy, 4),
         }
-        with (self.directory / "dev.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
+        self.weights.log(row)
         logger.info(
             "pass %(epoch)d: slot F1 %(slot_f1).4f, intent %(intent).4f, sentence %(sentence).4f",
             row,
         )
 
-    def _choose_precision(self, requested: str) -> torch.dtype:
-        batch = self._make_batches()[0]
-
-        def step(dtype: torch.dtype) -> None:
-            self._compute_loss(batch, dtype).backward()
-            self.optimiser.zero_grad()
-
-        return choose_precision(step, requested)
-
-    def _restore(self) -> Progress:
-        """Continue from `last.pt` where there is one."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        path = self.directory / "last.pt"
-        if not path.exists():
-            return Progress()
-        checkpoint = load_checkpoint(path)
-        self._check_same_run(checkpoint.settings)
-        assert checkpoint.model is not None
-        assert checkpoint.optimiser is not None
-        self.model.load_state_dict(checkpoint.model)
-        self.averaged.module.load_state_dict(checkpoint.averaged)
-        self.averaged.n_averaged.fill_(checkpoint.progress.step)
-        self.optimiser.load_state_dict(checkpoint.optimiser)
-        logger.info("going on at step %d", checkpoint.progress.step)
-        return checkpoint.progress
-
-    def _check_same_run(self, settings: Mapping[str, Any]) -> None:
+    def _refuse_another(self, settings: Mapping[str, Any]) -> None:
         different = [name for name in self.settings if settings.get(name) != self.settings[name]]
         if not different:
             return
         shown = [name for name in different if name != "vocabulary"] or different
         raise TrainingError(
-            f"{self.directory} holds a run with { {n: settings.get(n) for n in shown} }, asked for "
-            f"was { {n: self.settings[n] for n in shown} }; choose another directory or delete it"
+            f"{self.weights.directory} holds a run with { {n: settings.get(n) for n in shown} }, "
+            f"asked for was { {n: self.settings[n] for n in shown} }; choose another directory or "
+            "delete it"
         )
-
-    def _save(self, name: str) -> None:
-        checkpoint = Checkpoint(
-            settings=self.settings,
-            tokens=[],
-            phones=[],
-            averaged=self.averaged.module.state_dict(),
-            progress=self.progress,
-            model=self.model.state_dict(),
-            optimiser=self.optimiser.state_dict(),
-        )
-        save_checkpoint(checkpoint, self.directory / name)
-        self.saved = time.monotonic()
-
-    def _average(self, averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
-        """An exponential average that forgets faster while it is young."""
-        n_steps = int(n_averaged)
-        decay = min(self.options.average_decay, (1 + n_steps) / (10 + n_steps))
-        return torch.lerp(averaged, current, 1 - decay)
 
 
 def _read_data(
