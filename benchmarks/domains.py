@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+from conditions import add_noise, make_babble
 from speaking import speak_all
 from tqdm import tqdm
 
@@ -34,7 +35,6 @@ from training.precision import processor_name
 from training.slot_data import LabelledSentence
 
 _SEED: Final = 2_718
-_N_BABBLING: Final = 6
 
 
 @dataclass(frozen=True)
@@ -108,31 +108,6 @@ def slots_of(sentence: LabelledSentence, grammar: Grammar) -> frozenset[tuple[st
         (name, values[name][sentence.words[begin:end]])
         for name, begin, end in spans(sentence.labels)
     )
-
-
-def make_babble(waveforms: Sequence[FloatArray], seconds: float = 60.0) -> FloatArray:
-    """The speech of several commands at a time, again and again, of unit power."""
-    draw = np.random.default_rng(_SEED)
-    n_samples = int(16_000 * seconds)
-    babble = np.zeros(n_samples)
-    for _ in range(_N_BABBLING):
-        order = draw.permutation(len(waveforms))
-        track = np.concatenate([waveforms[i] for i in order])
-        babble += np.resize(track / max(1e-9, float(track.std())), n_samples)
-    return np.asarray(babble / babble.std(), np.float32)
-
-
-def add_noise(
-    waveform: FloatArray, babble: FloatArray, snr_db: float | None, draw: np.random.Generator
-) -> FloatArray:
-    """The waveform in noise of some level below it; with half a second before and after."""
-    padded = np.pad(waveform, 8_000)
-    if snr_db is None:
-        return padded
-    start = int(draw.integers(0, len(babble)))
-    noise = np.take(babble, np.arange(start, start + len(padded)), mode="wrap")
-    level = float(waveform.std()) * 10 ** (-snr_db / 20)
-    return np.asarray(padded + level * noise, np.float32)
 
 
 def understand(recogniser: Recogniser, waveform: FloatArray) -> Segment:

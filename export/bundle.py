@@ -23,6 +23,7 @@ from export.parity import (
     measure_parity,
     measure_streaming_parity,
 )
+from export.rescorer import export_rescorer
 from service.bundle import (
     CONFIG_NAME,
     FORMAT_VERSION,
@@ -33,6 +34,7 @@ from service.bundle import (
     LM_WORDS,
     MODEL_CARD,
     OFFLINE_GRAPH,
+    RESCORER_GRAPH,
     STREAMING_GRAPH,
     BundleConfig,
     DecodingSettings,
@@ -72,6 +74,7 @@ def export_bundle(
     language: str,
     lm: Path | None = None,
     g2p: Path | None = None,
+    rescorer: Path | None = None,
     decoding: Path | None = None,
     survival: Path | None = None,
     dev: Path | None = None,
@@ -88,6 +91,8 @@ def export_bundle(
         lm: folder that `voxgate lm build` wrote; None makes a bundle without a language model.
         g2p: letters-to-phones graph that `voxgate g2p` wrote: pronounces the language model's
             words that the dictionary lacks, and goes into the bundle.
+        rescorer: checkpoint of a language model that `voxgate train` wrote: the second pass over
+            final results; needs `lm`.
         decoding: settings of the decoders that `voxgate tune` wrote.
         survival: calibration of interim results that `benchmarks/fit_stability.py` wrote.
         dev: manifest on which the finished bundle is measured, and int8 held against float32.
@@ -99,6 +104,8 @@ def export_bundle(
         TrainingError: the checkpoint cannot be read.
     """
     _refuse_to_replace(folder)
+    if rescorer is not None and lm is None:
+        raise ExportError("a rescorer ranks what the search finds with --lm; name both or neither")
     note_text = _read_notes(notes)
     calibration = _read_survival(survival)
     settings = _read_decoding(decoding)
@@ -113,6 +120,8 @@ def export_bundle(
         if lm is not None:
             _copy_lm(lm, work)
             _write_pronunciations(work, g2p)
+        if rescorer is not None:
+            export_rescorer(rescorer, work / RESCORER_GRAPH, int8=int8)
         describe = functools.partial(
             _write_description,
             work,
@@ -287,6 +296,8 @@ def _measure(
 ) -> dict[str, Any]:
     """Error rates of the new bundle by decoder and corpus, and what int8 costs."""
     beams: tuple[DecoderName, ...] = ("beam-phones", "beam-characters", "reference")
+    if (work / RESCORER_GRAPH).is_file():
+        beams = (*beams, "rescored")
     recogniser = load_recogniser(work, decoders=("greedy", *(beams if has_lm else ())))
     measured: dict[str, Any] = {}
     exact = replace(

@@ -29,6 +29,7 @@ LM_BINARY: Final = "lm/lm.binary"
 LM_WORDS: Final = "lm/words.txt"
 LEXICON: Final = "lexicon/lexicon.txt"
 G2P_GRAPH: Final = "lexicon/g2p.onnx"
+RESCORER_GRAPH: Final = "rescorer.onnx"
 MODEL_CARD: Final = "MODEL_CARD.md"
 DEFAULT_PROFILE: Final = "balanced"
 BUNDLE_VARIABLE: Final = "VOXGATE_BUNDLE"
@@ -88,6 +89,19 @@ class DecoderSettings(_Part):
     """Calibration of word confidences."""
 
 
+class RescoringSettings(_Part):
+    """How a recurrent language model ranks the best readings anew, fitted on development data."""
+
+    n_best: Annotated[int, Field(ge=1)] = 100
+    """Readings that are ranked."""
+    recurrent_weight: float = 0.5
+    """Weight of the recurrent model's log probability."""
+    ngram_weight: float = 0.0
+    """Weight of the n-gram's, besides what the search gave it."""
+    word_score: float = 0.0
+    """Added for each word, besides what the search gave it."""
+
+
 class DecodingSettings(_Part):
     """How emissions are searched where a request does not say; `voxgate tune` writes this."""
 
@@ -99,6 +113,8 @@ class DecodingSettings(_Part):
     """Defaults of the search over phones."""
     reference: ReferenceSettings = ReferenceSettings()
     """Defaults of the reference decoder."""
+    rescoring: RescoringSettings = RescoringSettings()
+    """Defaults of the second pass."""
 
     def of(self, search_tokens: SearchTokens) -> DecoderSettings:
         """Defaults of the search over one head."""
@@ -211,6 +227,11 @@ class Bundle:
     def g2p_graph(self) -> Path | None:
         """The letters-to-phones graph, where the bundle has one."""
         return self._find(G2P_GRAPH)
+
+    @property
+    def rescorer_graph(self) -> Path | None:
+        """The recurrent language model of the second pass, where the bundle has one."""
+        return self._find(RESCORER_GRAPH)
 
     @property
     def has_lexicon(self) -> bool:

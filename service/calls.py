@@ -19,7 +19,7 @@ import numpy as np
 
 from service.admission import Admission
 from service.audio import AudioStream, Stopwatch, decode_blocks, duration_hint_s
-from service.errors import AudioError, IdleError
+from service.errors import AudioError, IdleError, RequestError
 from service.fibers import run_fiber
 from service.metrics import Metrics
 from service.models import Model, Models
@@ -265,7 +265,12 @@ class Calls:
 
     def _decoder_of(self, request: Request, recogniser: Recogniser) -> DecoderName:
         name = request.decoder or self._default_decoder
-        if request.search_tokens and name.startswith("beam"):
+        if request.search_tokens and request.decoder == "rescored":
+            raise RequestError(
+                "the decoder rescored searches what the model's settings say; leave search_tokens "
+                "out, or ask for the decoder beam"
+            )
+        if request.search_tokens and name.startswith(("beam", "rescored")):
             name = "beam-phones" if request.search_tokens == "phones" else "beam-characters"
         recogniser.decoder(name)  # refuses one that is not there
         return name

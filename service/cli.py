@@ -62,6 +62,7 @@ class DecoderChoice(str, Enum):
     beam = "beam"
     beam_characters = "beam-characters"
     beam_phones = "beam-phones"
+    rescored = "rescored"
     reference = "reference"
 
 
@@ -564,6 +565,12 @@ def export(
     g2p: Annotated[
         Path | None, typer.Option("--g2p", metavar="FILE.onnx", help="What `voxgate g2p` wrote.")
     ] = None,
+    rescorer: Annotated[
+        Path | None,
+        typer.Option(
+            "--rescorer", metavar="FILE.pt", help="Language model that ranks results anew."
+        ),
+    ] = None,
     decoding: Annotated[
         Path | None,
         typer.Option("--decoding", metavar="FILE.json", help="What `voxgate tune` wrote."),
@@ -592,6 +599,7 @@ def export(
         language=language,
         lm=lm,
         g2p=g2p,
+        rescorer=rescorer,
         decoding=decoding,
         survival=survival,
         dev=dev,

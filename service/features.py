@@ -89,6 +89,11 @@ def count_frames(n_samples: int, settings: FeatureSettings) -> int:
     return 1 + (n_samples - settings.window_samples) // settings.hop_samples
 
 
+def mel_centres_hz(settings: FeatureSettings) -> npt.NDArray[np.float64]:
+    """Centre frequency of each mel band, Hz, float64, (n_mels,)."""
+    return np.asarray(700.0 * np.expm1(_mel_edges(settings)[1:-1] / 1127.0))
+
+
 class FeatureStream:
     """Computes the features of a stream piece by piece.
 
@@ -140,9 +145,7 @@ def _povey_window(n_samples: int) -> npt.NDArray[np.float64]:
 def _mel_filters(settings: FeatureSettings) -> npt.NDArray[np.float64]:
     """Triangles on Kaldi's mel scale, float64, (n_fft / 2 + 1, n_mels)."""
     n_fft = _n_fft(settings)
-    edges = np.linspace(
-        _hz_to_mel(settings.low_hz), _hz_to_mel(settings.sample_rate / 2), settings.n_mels + 2
-    )
+    edges = _mel_edges(settings)
     mel = _hz_to_mel(np.arange(n_fft // 2 + 1) * settings.sample_rate / n_fft)[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     rising = (mel - left) / (centre - left)
@@ -150,6 +153,12 @@ def _mel_filters(settings: FeatureSettings) -> npt.NDArray[np.float64]:
     filters = np.maximum(0.0, np.minimum(rising, falling))
     filters[-1] = 0.0  # Kaldi leaves the Nyquist bin out
     return np.asarray(filters)
+
+
+def _mel_edges(settings: FeatureSettings) -> npt.NDArray[np.float64]:
+    """Where the triangles begin, peak and end, mel, float64, (n_mels + 2,)."""
+    low, high = _hz_to_mel(settings.low_hz), _hz_to_mel(settings.sample_rate / 2)
+    return np.linspace(low, high, settings.n_mels + 2)
 
 
 def _hz_to_mel(hz: float | npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

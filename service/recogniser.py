@@ -46,12 +46,15 @@ from service.errors import BundleError, RequestError
 from service.features import FeatureSettings, FeatureStream
 from service.first_pass import FirstPass
 from service.g2p import Pronouncer
+from service.rescorer import Rescorer
+from service.rescoring import RescoringDecoder
 from service.segmenter import Segmenter, Utterance, UtteranceEnded
 from service.text import BLANK_TOKEN, SPACE
 
 FloatArray = npt.NDArray[np.float32]
-DecoderName = Literal["greedy", "beam", "beam-characters", "beam-phones", "reference"]
-"""`beam` searches the head that the bundle prefers; `reference` is pyctcdecode with KenLM."""
+DecoderName = Literal["greedy", "beam", "beam-characters", "beam-phones", "rescored", "reference"]
+"""`beam` searches the head that the bundle prefers, `rescored` has a recurrent language model rank
+what it finds; `reference` is pyctcdecode with KenLM."""
 
 LONGEST_WHOLE_S: Final = 60.0
 """A longer recording is cut into utterances."""
@@ -581,7 +584,8 @@ def load_recogniser(
     config = bundle.config
     if decoders is None:
         phones: list[DecoderName] = ["beam-phones"] if bundle.has_lexicon else []
-        decoders = ["greedy", "beam", "beam-characters", *phones]
+        rescored: list[DecoderName] = ["rescored"] if bundle.rescorer_graph else []
+        decoders = ["greedy", "beam", "beam-characters", *phones, *rescored]
     recogniser = Recogniser(
         name=config.name,
         language=config.language,
@@ -632,7 +636,10 @@ def _add_domains(recogniser: Recogniser, bundle: Bundle, folders: Sequence[Path]
 def _domain_decoders(
     recogniser: Recogniser, bundle: Bundle, domain: Domain
 ) -> dict[DecoderName, Decoder]:
-    """The recogniser's decoders, with the domain's language model where they have one."""
+    """The recogniser's decoders, with the domain's language model where they have one.
+
+    What is said in a domain is no running text, so `rescored` is its search alone.
+    """
     update = domain.config.search.model_dump(exclude_none=True)
     searches: dict[SearchTokens, BeamDecoder] = {}
     decoders: dict[DecoderName, Decoder] = {}
@@ -670,8 +677,19 @@ def make_decoders(bundle: Bundle, names: Sequence[DecoderName]) -> dict[DecoderN
                 searches[search_tokens] = make_beam_decoder(
                     bundle, lm, search_tokens, bundle.config.decoding.of(search_tokens)
                 )
-            decoders[name] = searches[search_tokens]
+            search = searches[search_tokens]
+            decoders[name] = _add_rescorer(search, bundle, lm) if name == "rescored" else search
     return decoders
+
+
+def _add_rescorer(search: BeamDecoder, bundle: Bundle, lm: NgramModel | None) -> RescoringDecoder:
+    if bundle.rescorer_graph is None or lm is None:
+        raise BundleError(
+            f"{bundle.folder} has no recurrent language model for a second pass; export it with "
+            "--lm and --rescorer, or use the decoder beam"
+        )
+    rescorer = Rescorer(bundle.rescorer_graph)
+    return RescoringDecoder(search, rescorer, lm, bundle.config.decoding.rescoring)
 
 
 def make_beam_decoder(
@@ -714,7 +732,7 @@ def make_beam_decoder(
 
 
 def _search_tokens(name: DecoderName, bundle: Bundle) -> SearchTokens:
-    if name == "beam":
+    if name in ("beam", "rescored"):
         return bundle.config.decoding.search_tokens
     return "phones" if name == "beam-phones" else "characters"
 

@@ -28,20 +28,29 @@ from service.bundle import (
     load_bundle,
 )
 from service.decoding.beam import LOWEST_PEAK, WORD_FEATURES, BeamDecoder
-from service.decoding.hypothesis import FloatArray
+from service.decoding.hypothesis import FloatArray, Hypothesis
 from service.decoding.ngram import NgramModel, load_ngram
 from service.errors import InputError, MissingExtraError
 from service.features import log_mel
 from service.manifest import read_manifest
 from service.recogniser import load_recogniser, make_beam_decoder
+from service.rescorer import Rescorer
+from service.rescoring import describe_readings
 from service.scoring import ErrorCounts, count_errors, pool
 
 DoubleArray = npt.NDArray[np.float64]
 Weights = tuple[float, float]
 """Weight of the language model and score of a word."""
+RescoringWeights = tuple[float, float, float]
+"""Of the recurrent model, of the n-gram, of a word; all natural log."""
 Counts = Sequence[ErrorCounts]
 """Errors by utterance."""
 
+_RESCORING_GRID: Final = (
+    tuple(np.round(np.arange(0.0, 1.55, 0.1), 2).tolist()),
+    tuple(np.round(np.arange(-0.8, 0.25, 0.1), 2).tolist()),
+    (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5),
+)
 _RIDGE: Final = 1.0  # on standardised features
 _NEWTON_STEPS: Final = 30
 _LEAST: Final = 1e-4
@@ -133,6 +142,16 @@ def tune_bundle(
         settings = settings.model_copy(update={head: fitted})
     better = min(rates, key=rates.__getitem__)
     on_line(f"beam searches {better}")
+    if bundle.rescorer_graph is not None:
+        decoder = make_beam_decoder(bundle, lm, better, settings.of(better))
+        rescorer = Rescorer(bundle.rescorer_graph)
+        second_pass = settings.rescoring
+        lists = []
+        for item in track(items, "rescoring"):
+            found = decoder.decode(item.emissions[better], n_best=second_pass.n_best)
+            lists.append(score_readings(item, found, rescorer, lm))
+        second_pass = second_pass.model_copy(update=fit_rescoring(items, lists, on_line))
+        settings = settings.model_copy(update={"rescoring": second_pass})
     if plot is not None:
         draw_maps(maps, plot)
     return settings.model_copy(update={"search_tokens": better})
@@ -165,6 +184,75 @@ def search_items(
 
     with ThreadPoolExecutor(n_threads) as pool_of_threads:
         return list(pool_of_threads.map(search, items))
+
+
+@dataclass(frozen=True)
+class ReadingList:
+    """What the search found of one utterance, and what the second pass weighs."""
+
+    errors: list[ErrorCounts]
+    """Of each reading, best first as the search has it."""
+    searched: DoubleArray
+    """The search's scores, float64, (reading,)."""
+    features: DoubleArray
+    """What the weights multiply, float64, (reading, 3)."""
+
+    def choose(self, weights: RescoringWeights) -> ErrorCounts:
+        """Errors of the best reading by these weights; the first of equal ones."""
+        return self.errors[int(np.argmax(self.searched + self.features @ np.array(weights)))]
+
+    def find_best(self) -> ErrorCounts:
+        """Errors of the reading that has the fewest."""
+        return min(self.errors, key=lambda counts: counts.n_errors)
+
+
+def score_readings(
+    item: Item, found: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel
+) -> ReadingList:
+    """Errors and scores of the readings of an utterance."""
+    return ReadingList(
+        errors=[count_errors([item.reference], [reading.text]) for reading in found],
+        searched=np.array([reading.score for reading in found]),
+        features=describe_readings(found, rescorer, lm),
+    )
+
+
+def fit_rescoring(
+    items: Sequence[Item], lists: Sequence[ReadingList], on_line: Callable[[str], object] = print
+) -> dict[str, float]:
+    """Fit the weights of the second pass; say what they are worth, cross-fitted.
+
+    Returns:
+        The fields of `RescoringSettings` that all speakers choose.
+    """
+    in_first = halves_of(items)
+    rescored = [found.errors[0] for found in lists]
+    for half in (in_first, ~in_first):
+        weights = _choose_weights([lists[i] for i in np.flatnonzero(half)])
+        for i in np.flatnonzero(~half):
+            rescored[i] = lists[i].choose(weights)
+    for corpus in [*sorted({item.corpus for item in items}), ""]:
+        chosen = [i for i, item in enumerate(items) if corpus in ("", item.corpus)]
+        before = pool(lists[i].errors[0] for i in chosen).wer
+        after = pool(rescored[i] for i in chosen).wer
+        oracle = pool(lists[i].find_best() for i in chosen).wer
+        on_line(
+            f"rescored: cross-fitted WER {after:.2%} on {corpus or 'all'}, {before:.2%} before "
+            f"({after / max(before, 1e-9) - 1:+.1%} relative), {oracle:.2%} oracle"
+        )
+    recurrent, ngram, word = _choose_weights(lists)
+    on_line(f"rescored: to ship recurrent {recurrent:g}, n-gram {ngram:g}, word {word:g}")
+    return {"recurrent_weight": recurrent, "ngram_weight": ngram, "word_score": word}
+
+
+def _choose_weights(lists: Sequence[ReadingList]) -> RescoringWeights:
+    """The weights of the grid that give the fewest word errors; the smallest of equal ones."""
+    grid: list[RescoringWeights] = sorted(product(*_RESCORING_GRID), key=lambda w: sum(map(abs, w)))
+    n_errors = np.zeros(len(grid), np.int64)
+    for found in lists:
+        totals = found.searched[:, None] + found.features @ np.array(grid).T  # (reading, weights)
+        n_errors += np.array([e.n_errors for e in found.errors])[totals.argmax(axis=0)]
+    return grid[int(n_errors.argmin())]
 
 
 def halves_of(items: Iterable[Item]) -> npt.NDArray[np.bool_]:

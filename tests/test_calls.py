@@ -710,6 +710,7 @@ def test_requests_that_cannot_be_served_are_refused_by_the_check(recogniser: Rec
         (Request(language="fr"), "'fr' is not served"),
         (Request(decoder="reference"), "reference is not there"),
         (Request(phrases=(Phrase("?", 1.0),)), "has no word"),
+        (Request(decoder="rescored", search_tokens="phones"), "leave search_tokens out"),
     ]
     with _calls(recogniser) as calls:
         _run(calls.check(Request(model="en-small", language="en-GB", decoder="greedy")))

@@ -9,52 +9,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import tiny  # noqa: F401  # one thread, so that results repeat bit for bit
 import torch
 from onnx import numpy_helper
+from tiny import PIECES, save_language_model
 
 from export import rescorer as export_module
 from export.rescorer import RescorerStep, export_rescorer
 from service.errors import BundleError, ExportError, InputError, TrainingError
-from service.rescorer import BOUNDARY_ID, WORD_START, Pieces, Rescorer, build_trie
-from training.checkpoint import Checkpoint, Progress, save_checkpoint
+from service.rescorer import BOUNDARY_ID, Rescorer, build_trie
 from training.rnn_lm import Cell, LanguageModel
-
-_LETTERS = "abcdefghij'"
-_PIECES = Pieces(
-    names=(
-        "</s>",
-        "<unk>",
-        WORD_START,
-        *_LETTERS,
-        *(WORD_START + letter for letter in _LETTERS),
-        "ab",
-        f"{WORD_START}bad",
-        "ge",
-    ),
-    scores=(-9.0, -9.0, *(-3.0 - i / 10 for i in range(2 * len(_LETTERS) + 4))),
-)
-
-
-def _save_model(path: Path, *, cell: Cell = "lstm", hidden_size: int = 20) -> LanguageModel:
-    torch.manual_seed(1)
-    options = {"cell": cell, "n_layers": 2, "embedding_size": 24, "hidden_size": hidden_size}
-    model = LanguageModel(len(_PIECES.names), **options)  # type: ignore[arg-type]  # mixed values
-    torch.nn.init.normal_(model.embedding.weight)
-    for layer in model.layers:
-        for weight in layer.parameters():
-            torch.nn.init.normal_(weight, std=0.5)
-    save_checkpoint(
-        Checkpoint(
-            settings={"model": options, "piece_scores": list(_PIECES.scores)},
-            tokens=list(_PIECES.names),
-            phones=[],
-            averaged=model.state_dict(),
-            progress=Progress(),
-        ),
-        path,
-    )
-    return model.eval()
 
 
 def _make_hypotheses(n: int = 60) -> list[list[str]]:
@@ -69,7 +32,7 @@ def _make_hypotheses(n: int = 60) -> list[list[str]]:
 
 
 def _score_by_torch(model: LanguageModel, words: list[str]) -> float:
-    pieces = [piece for word in words for piece in _PIECES.encode(word)] + [BOUNDARY_ID]
+    pieces = [piece for word in words for piece in PIECES.encode(word)] + [BOUNDARY_ID]
     with torch.inference_mode():
         log_probs = model(torch.tensor([[BOUNDARY_ID, *pieces[:-1]]]))[0].log_softmax(-1)
     return sum(float(log_probs[i, piece]) for i, piece in enumerate(pieces))
@@ -78,7 +41,7 @@ def _score_by_torch(model: LanguageModel, words: list[str]) -> float:
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("rescorer")
-    _save_model(folder / "best.pt")
+    save_language_model(folder / "best.pt")
     export_rescorer(folder / "best.pt", folder / "rescorer.onnx")
     return folder / "rescorer.onnx"
 
@@ -86,7 +49,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("int8", [False, True])
 def test_graph_says_what_torch_says(tmp_path: Path, cell: Cell, int8: bool) -> None:
-    model = _save_model(tmp_path / "best.pt", cell=cell)
+    model = save_language_model(tmp_path / "best.pt", cell=cell)
     export_rescorer(tmp_path / "best.pt", tmp_path / "rescorer.onnx", int8=int8)
     hypotheses = _make_hypotheses()
 
@@ -109,7 +72,7 @@ def test_a_list_is_scored_as_its_hypotheses_alone(graph: Path) -> None:
 def test_probabilities_sum_to_one(graph: Path) -> None:
     """The empty sentence and all first pieces: nothing else can begin."""
     rescorer = Rescorer(graph)
-    n_pieces = len(_PIECES.names)
+    n_pieces = len(PIECES.names)
     begun = [[i, BOUNDARY_ID] for i in range(1, n_pieces)]
     levels, _ = build_trie([[BOUNDARY_ID], *begun])
 
@@ -178,7 +141,7 @@ def test_int8_graph_is_smaller_and_holds_no_large_float(graph: Path) -> None:
 def test_export_writes_nothing_where_the_graph_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _save_model(tmp_path / "best.pt")
+    save_language_model(tmp_path / "best.pt")
     forward = RescorerStep.forward
     monkeypatch.setattr(
         RescorerStep,

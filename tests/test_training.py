@@ -32,6 +32,7 @@ from torch.nn.functional import ctc_loss
 from torch.utils.data import get_worker_info
 
 from service.errors import TrainingError
+from service.scoring import count_errors
 from service.text import CHARACTERS, collapse
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from training.config import StreamingSettings, load_settings
@@ -187,6 +188,36 @@ def test_train_learns_to_understand_an_unknown_speaker(corpus: TinyCorpus, tmp_p
     for reading in ("total", "8+8 frames", "16+8 frames", "8+4 frames"):
         assert row[reading] == {"wer": 0.0, "cer": 0.0}
     assert load_checkpoint(tmp_path / "run" / "best.pt").progress.best_cer == 0.0
+
+
+def test_train_by_crf_in_noise_learns_to_understand_an_unknown_speaker(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    settings = make_settings(
+        corpus,
+        tmp_path / "run",
+        "optimiser.n_epochs=40",
+        "optimiser.learning_rate=0.02",
+        "optimiser.phone_criterion=crf",
+        "augment.noise_share=0.3",
+        "augment.lowest_snr_db=20.0",
+        "augment.room_share=0.1",
+        "augment.telephone_share=0.3",
+        "run.evaluate_every_epochs=40",
+    )
+    train(settings)
+    (row,) = _read_rows(tmp_path / "run")
+    assert row["total"]["cer"] < 0.05
+    run = _Run(settings, _ALONE)
+    batch = _all_utterances(run)
+    model = run.averaged.module.eval()
+    _, phone_logits, lengths = model(batch.features, batch.feature_lengths)
+    paths = zip(phone_logits.argmax(-1), lengths, strict=True)
+    heard = [collapse(path[:n].tolist()) for path, n in paths]
+    labels = zip(batch.phones, batch.phone_lengths, strict=True)
+    said = [row[:n].tolist() for row, n in labels]
+    spelled = [[" ".join(map(str, ids)) for ids in rows] for rows in (said, heard)]
+    assert count_errors(*spelled).wer < 0.1
 
 
 # Going on

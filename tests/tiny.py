@@ -18,11 +18,13 @@ import numpy.typing as npt
 import soundfile
 import torch
 
+from service.rescorer import WORD_START, Pieces
 from service.text import CHARACTERS
-from training.checkpoint import Checkpoint, Progress
+from training.checkpoint import Checkpoint, Progress, save_checkpoint
 from training.config import TrainingSettings, load_settings
 from training.lexicon import PHONES
 from training.model import AcousticModel
+from training.rnn_lm import Cell, LanguageModel
 
 torch.set_num_threads(1)  # sums in one order: results repeat bit for bit
 
@@ -30,6 +32,21 @@ SAMPLE_RATE: Final = 16_000
 N_MELS: Final = 20
 FRAMES_PER_S: Final = 100.0
 TEXTS: Final = ("bad cab", "a bead", "add", "dead bee", "ace", "cab", "bead add", "a dab bad")
+
+LETTERS: Final = "abcdefghij'"
+PIECES: Final = Pieces(
+    names=(
+        "</s>",
+        "<unk>",
+        WORD_START,
+        *LETTERS,
+        *(WORD_START + letter for letter in LETTERS),
+        "ab",
+        f"{WORD_START}bad",
+        "ge",
+    ),
+    scores=(-9.0, -9.0, *(-3.0 - i / 10 for i in range(2 * len(LETTERS) + 4))),
+)
 
 _TONES_HZ: Final = {letter: 350.0 * 1.6**i for i, letter in enumerate("abcde")}
 _TONE_S: Final = 0.09
@@ -202,3 +219,25 @@ def one_weight_changed(model: AcousticModel) -> Iterator[AcousticModel]:
         yield model
     finally:
         bias.copy_(before)
+
+
+def save_language_model(path: Path, *, cell: Cell = "lstm", hidden_size: int = 20) -> LanguageModel:
+    """Write a checkpoint of a language model of no training; its weights are large."""
+    torch.manual_seed(1)
+    options = {"cell": cell, "n_layers": 2, "embedding_size": 24, "hidden_size": hidden_size}
+    model = LanguageModel(len(PIECES.names), **options)  # type: ignore[arg-type]  # mixed values
+    torch.nn.init.normal_(model.embedding.weight)
+    for layer in model.layers:
+        for weight in layer.parameters():
+            torch.nn.init.normal_(weight, std=0.5)
+    save_checkpoint(
+        Checkpoint(
+            settings={"model": options, "piece_scores": list(PIECES.scores)},
+            tokens=list(PIECES.names),
+            phones=[],
+            averaged=model.state_dict(),
+            progress=Progress(),
+        ),
+        path,
+    )
+    return model.eval()

@@ -104,6 +104,20 @@ class AugmentSettings(Settings):
     """Standard deviation of the random change in level, decibels."""
     tilt_db: float = Field(default=4.0, ge=0)
     """Standard deviation of the random change between the lowest and highest band, decibels."""
+    noise_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the utterances that get babble or coloured noise."""
+    lowest_snr_db: float = 0.0
+    """Loudest noise: signal-to-noise ratio, decibels."""
+    highest_snr_db: float = 25.0
+    """Faintest noise: signal-to-noise ratio, decibels."""
+    most_voices: int = Field(default=8, ge=1)
+    """The most utterances that babble is made of."""
+    room_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the utterances that reverberate."""
+    longest_room_s: float = Field(default=0.8, gt=0)
+    """Longest reverberation time (60 dB), seconds."""
+    telephone_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the utterances that lose the bands a telephone does not carry."""
 
 
 class OptimiserSettings(Settings):
@@ -125,6 +139,10 @@ class OptimiserSettings(Settings):
     """Gradients are scaled down to this global norm."""
     phone_weight: float = Field(default=0.5, ge=0, le=1)
     """Share of the phone head in the loss; the token head has the rest."""
+    phone_criterion: Literal["ctc", "crf"] = "ctc"
+    """What the phone head learns by; `crf` is CTC-CRF under a phone trigram of the transcripts."""
+    ctc_share: float = Field(default=0.1, ge=0)
+    """What CTC-CRF takes of CTC."""
     average_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
     n_sorted_epochs: int = Field(default=1, ge=0)

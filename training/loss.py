@@ -1,4 +1,4 @@
-"""The training criterion: CTC on both heads, in float32."""
+"""The training criterion: CTC on both heads, CTC-CRF on phones where asked for, in float32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import ctc_loss
 
 from service.text import BLANK
+from training.crf import log_partition, score_labels
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Losses:
     token_nll: Tensor
     """Of the token head, scalar."""
     phone_nll: Tensor
-    """Of the phone head over the utterances that are not masked, scalar."""
+    """Of the phone head over the utterances that are not masked, scalar; with a trigram the sum of
+    CTC-CRF's and a share of CTC's."""
     n_tokens: Tensor
     """Tokens in the batch, scalar."""
     n_phones: Tensor
@@ -42,8 +44,10 @@ def compute_losses(
     token_lengths: Tensor,
     phones: Tensor,
     phone_lengths: Tensor,
+    trigram: Tensor | None = None,
+    ctc_share: float = 0.0,
 ) -> Losses:
-    """CTC of both heads.
+    """The criteria of both heads.
 
     Args:
         token_logits: raw, (batch, frames, token).
@@ -53,17 +57,22 @@ def compute_losses(
         token_lengths: int64, (batch,).
         phones: phone ids, int64, (batch, label), padded.
         phone_lengths: int64, (batch,); 0 masks the utterance.
+        trigram: of the phones, as `training.crf` estimates it: the phone head learns by CTC-CRF;
+            None by CTC.
+        ctc_share: what is added of CTC to CTC-CRF, which keeps it from drifting.
     """
     inside = torch.arange(token_logits.shape[1], device=lengths.device) < lengths.unsqueeze(1)
     blank = (token_logits.argmax(-1) == BLANK) & inside
     said = phone_lengths > 0
+    phone_nll = phone_logits.sum() * 0.0
+    if said.any():
+        labels = lengths[said], phones[said], phone_lengths[said]
+        phone_nll = _ctc(phone_logits[said], *labels)
+        if trigram is not None:
+            phone_nll = phone_nll * (1 + ctc_share) + _compete(phone_logits[said], *labels, trigram)
     return Losses(
         token_nll=_ctc(token_logits, lengths, tokens, token_lengths),
-        phone_nll=(
-            _ctc(phone_logits[said], lengths[said], phones[said], phone_lengths[said])
-            if said.any()
-            else phone_logits.sum() * 0.0
-        ),
+        phone_nll=phone_nll,
         n_tokens=token_lengths.sum(),
         n_phones=phone_lengths.sum(),
         blank_share=blank.sum() / inside.sum(),
@@ -75,3 +84,11 @@ def _ctc(logits: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor)
     return ctc_loss(
         log_probs, labels, lengths, label_lengths, blank=BLANK, reduction="sum", zero_infinity=True
     )
+
+
+def _compete(
+    logits: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor, trigram: Tensor
+) -> Tensor:
+    """What CTC-CRF adds to CTC's loss: all label sequences' score over that of the labels."""
+    partition = log_partition(logits.float().log_softmax(-1), lengths, trigram)
+    return (partition - score_labels(trigram, labels, label_lengths)).sum()

@@ -27,6 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from service.errors import TrainingError
+from service.features import FeatureSettings, mel_centres_hz
 from service.scoring import ErrorCounts
 from service.text import CHARACTERS
 from training.augment import shift_level, spec_augment
@@ -37,6 +38,7 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import AugmentSettings, StreamingSettings, TrainingSettings
+from training.crf import estimate_trigram
 from training.data import Batch, BatchStream, Labels, load_batches, make_labels, read_cuts
 from training.distributed import World, join_world
 from training.evaluation import errors_by_corpus, greedy_transcripts
@@ -44,6 +46,7 @@ from training.feature_store import FeatureStore, store_features
 from training.lexicon import PHONES, load_dictionary
 from training.loss import Losses, compute_losses
 from training.model import AcousticModel, Chunking
+from training.noise import add_noise, narrow, reverberate
 from training.precision import choose_precision, device_name
 from training.schedule import learning_rate
 
@@ -51,6 +54,7 @@ logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S: Final = 10.0
 _DEV_BATCH_S: Final = 200.0
+_TELEPHONE_HZ: Final = (300.0, 3700.0)
 
 
 def train(settings: TrainingSettings) -> Progress:
@@ -95,6 +99,10 @@ class _Run:
         )
         self.optimiser = _new_optimiser(self.model, settings)
         self.progress = self._restore()
+        self.augment = _Augmentation(
+            settings.augment, settings.features, self.model.feature_mean.cpu()
+        )
+        self.trigram = self._estimate_trigram()
         self.dtype = world.broadcast(self._choose_precision())
         self.parallel: nn.Module = (
             DistributedDataParallel(self.model) if world.size > 1 else self.model
@@ -183,12 +191,7 @@ class _Run:
         chunking: Chunking | None = None,
     ) -> Losses:
         device = self.world.device
-        features = _augment(
-            batch,
-            self.settings.augment,
-            fill=self.model.feature_mean.cpu(),
-            frames_per_s=1 / self._frame_s,
-        )
+        features = self.augment(batch)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             token_logits, phone_logits, lengths = model(
                 features.to(device), batch.feature_lengths.to(device), chunking
@@ -201,6 +204,8 @@ class _Run:
             token_lengths=batch.token_lengths.to(device),
             phones=batch.phones.to(device),
             phone_lengths=batch.phone_lengths.to(device),
+            trigram=self.trigram,
+            ctc_share=self.settings.optimiser.ctc_share,
         )
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
@@ -303,6 +308,13 @@ class _Run:
                     f"{initial} holds another model than [model] describes: {error}"
                 ) from error
         return model
+
+    def _estimate_trigram(self) -> Tensor | None:
+        """What the phone head's label sequences compete under; None trains it by CTC."""
+        if self.settings.optimiser.phone_criterion == "ctc":
+            return None
+        said = (labels.phones for labels in self.corpus.labels.values() if labels.phones)
+        return estimate_trigram(said, len(PHONES)).to(self.world.device)
 
     def _restore(self) -> Progress:
         """Continue from `last.pt` where there is one."""
@@ -444,21 +456,55 @@ def draw_chunking(settings: StreamingSettings, *, seed: int) -> Chunking | None:
     return Chunking(*draw.choice(settings.chunkings))
 
 
-def _augment(
-    batch: Batch, options: AugmentSettings, *, fill: Tensor, frames_per_s: float
-) -> Tensor:
-    features = shift_level(batch.features, level_db=options.level_db, tilt_db=options.tilt_db)
-    return spec_augment(
-        features,
-        batch.feature_lengths,
-        fill=fill,
-        n_frequency_masks=options.n_frequency_masks,
-        frequency_width=options.frequency_width,
-        time_masks_per_s=options.time_masks_per_s,
-        time_width_frames=options.time_width_frames,
-        time_share=options.time_share,
-        frames_per_s=frames_per_s,
-    )
+class _Augmentation:
+    """What happens to the features of a training batch before the model sees them."""
+
+    def __init__(self, options: AugmentSettings, features: FeatureSettings, fill: Tensor) -> None:
+        """Take the settings; `fill` is what a masked value becomes, float32, (mel,)."""
+        self._options = options
+        self._fill = fill
+        self._frames_per_s = 1000 / features.hop_ms
+        centres_hz = mel_centres_hz(features)
+        self._n_bands_kept = int((centres_hz < _TELEPHONE_HZ[1]).sum())
+        self._n_bands_cut = int((centres_hz < _TELEPHONE_HZ[0]).sum())
+
+    def __call__(self, batch: Batch) -> Tensor:
+        options, lengths = self._options, batch.feature_lengths
+        x = shift_level(batch.features, level_db=options.level_db, tilt_db=options.tilt_db)
+        if options.room_share:
+            x = reverberate(
+                x,
+                share=options.room_share,
+                longest_s=options.longest_room_s,
+                frames_per_s=self._frames_per_s,
+            )
+        if options.noise_share:
+            x = add_noise(
+                x,
+                lengths,
+                share=options.noise_share,
+                lowest_snr_db=options.lowest_snr_db,
+                highest_snr_db=options.highest_snr_db,
+                most_voices=options.most_voices,
+            )
+        if options.telephone_share:
+            x = narrow(
+                x,
+                share=options.telephone_share,
+                n_bands_kept=self._n_bands_kept,
+                n_bands_cut=self._n_bands_cut,
+            )
+        return spec_augment(
+            x,
+            lengths,
+            fill=self._fill,
+            n_frequency_masks=options.n_frequency_masks,
+            frequency_width=options.frequency_width,
+            time_masks_per_s=options.time_masks_per_s,
+            time_width_frames=options.time_width_frames,
+            time_share=options.time_share,
+            frames_per_s=self._frames_per_s,
+        )
 
 
 def _new_optimiser(model: AcousticModel, settings: TrainingSettings) -> torch.optim.AdamW:

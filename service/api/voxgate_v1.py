@@ -42,6 +42,7 @@ _DECODERS: Final[dict[int, DecoderName | None]] = {
     pb.RecognitionConfig.GREEDY: "greedy",
     pb.RecognitionConfig.BEAM: "beam",
     pb.RecognitionConfig.REFERENCE: "reference",
+    pb.RecognitionConfig.RESCORED: "rescored",
 }
 _SEARCH_TOKENS: Final[dict[int, SearchTokens | None]] = {
     pb.RecognitionConfig.SEARCH_TOKENS_UNSPECIFIED: None,

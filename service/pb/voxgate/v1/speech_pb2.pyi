@@ -34,10 +34,12 @@ class RecognitionConfig(_message.Message):
         GREEDY: _ClassVar[RecognitionConfig.DecoderKind]
         BEAM: _ClassVar[RecognitionConfig.DecoderKind]
         REFERENCE: _ClassVar[RecognitionConfig.DecoderKind]
+        RESCORED: _ClassVar[RecognitionConfig.DecoderKind]
     DECODER_UNSPECIFIED: RecognitionConfig.DecoderKind
     GREEDY: RecognitionConfig.DecoderKind
     BEAM: RecognitionConfig.DecoderKind
     REFERENCE: RecognitionConfig.DecoderKind
+    RESCORED: RecognitionConfig.DecoderKind
     class SearchTokens(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SEARCH_TOKENS_UNSPECIFIED: _ClassVar[RecognitionConfig.SearchTokens]

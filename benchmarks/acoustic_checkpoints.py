@@ -1,0 +1,156 @@
+"""Error rates of training checkpoints under a bundle's search: what chooses a recipe.
+
+For every checkpoint and condition: greedy word error rate of the token head, phone error rate of
+the phone head against the usual pronunciations, and the word error rate of the bundle's search over
+phones with weights swept and cross-fitted over two halves of the speakers.
+
+python benchmarks/acoustic_checkpoints.py runs/a/last.pt runs/b/last.pt --dev dev.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from conditions import CONDITIONS
+from tqdm import tqdm
+
+from export.bundle import load_model
+from service.audio import load_audio
+from service.bundle import load_bundle
+from service.decoding.beam import BeamDecoder
+from service.decoding.ngram import load_ngram
+from service.features import FeatureSettings, log_mel
+from service.manifest import Utterance, read_manifest
+from service.recogniser import make_beam_decoder
+from service.scoring import ErrorCounts, count_errors, pool
+from service.text import collapse, decode, normalise
+from service.tuning import Item, halves_of
+from training.checkpoint import load_checkpoint
+from training.lexicon import PHONES, load_dictionary, pronounce
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Utterances:
+    """Development speech under one condition."""
+
+    rows: Sequence[Utterance]
+    features: Sequence[FloatArray]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--dev", type=Path, required=True)
+    parser.add_argument("--bundle", type=Path, default=Path("bundles/en-small"))
+    parser.add_argument("--conditions", nargs="+", choices=sorted(CONDITIONS), default=["clean"])
+    parser.add_argument("--corpora", nargs="*", default=[], help="all where none is named")
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 0.7, 0.9, 1.1])
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 1.5, 3.0])
+    parser.add_argument("--beam-width", type=int)
+    parser.add_argument("--every", type=int, default=1, help="take every n-th utterance")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bundle = load_bundle(options.bundle)
+    assert bundle.ngram is not None
+    lm = load_ngram(bundle.ngram)
+    lexicon = bundle.read_lexicon()
+    wanted = bundle.config.decoding.of("phones")
+    if options.beam_width:
+        wanted = wanted.model_copy(update={"beam_width": options.beam_width})
+    decoders = {}
+    for alpha, beta in product(options.alphas, options.betas):
+        settings = wanted.model_copy(update={"alpha": alpha, "beta": beta})
+        decoders[alpha, beta] = make_beam_decoder(bundle, lm, "phones", settings, lexicon=lexicon)
+    rows = [
+        row
+        for row in read_manifest(options.dev)
+        if not options.corpora or row.corpus in options.corpora
+    ][:: options.every]
+    speech = {
+        condition: prepare(rows, CONDITIONS[condition], bundle.config.features)
+        for condition in options.conditions
+    }
+    for path in options.checkpoints:
+        for condition, utterances in speech.items():
+            print(f"{path}, {condition}")
+            report(path, utterances, decoders)
+
+
+def report(
+    path: Path, utterances: Utterances, decoders: dict[tuple[float, float], BeamDecoder]
+) -> None:
+    """Print a table of one checkpoint: a line a corpus."""
+    checkpoint = load_checkpoint(path)
+    model = load_model(checkpoint)
+    items: list[Item] = []
+    greedy: list[ErrorCounts] = []
+    phone_errors: list[ErrorCounts] = []
+    dictionary = load_dictionary()
+    for row, features in zip(utterances.rows, utterances.features, strict=True):
+        with torch.inference_mode():
+            tokens, phones, _ = model(
+                torch.from_numpy(features)[None], torch.tensor([len(features)])
+            )
+        heads: dict[str, FloatArray] = {
+            "characters": tokens[0].log_softmax(-1).numpy(),
+            "phones": phones[0].log_softmax(-1).numpy(),
+        }
+        reference = normalise(row.text or "")
+        items.append(Item(row.speaker, row.corpus, reference, heads))  # type: ignore[arg-type]
+        best = decode(collapse(heads["characters"].argmax(-1).tolist()), checkpoint.tokens)
+        greedy.append(count_errors([reference], [best]))
+        said = pronounce(reference, dictionary) or []
+        heard = collapse(heads["phones"].argmax(-1).tolist())
+        names = [" ".join(PHONES[i] for i in ids) for ids in (said, heard)]
+        phone_errors.append(count_errors(names[:1], names[1:]) if said else ErrorCounts())
+    counts = {
+        weights: [
+            count_errors([item.reference], [decoder.decode(item.emissions["phones"])[0].text])
+            for item in tqdm(items, f"alpha, beta {weights}", leave=False)
+        ]
+        for weights, decoder in decoders.items()
+    }
+    in_first = halves_of(items)
+    fitted: list[ErrorCounts] = [ErrorCounts()] * len(items)
+    for half in (in_first, ~in_first):
+        best_weights = min(
+            counts,
+            key=lambda w: pool(c for c, yes in zip(counts[w], half, strict=True) if yes).wer,
+        )
+        for i in np.flatnonzero(~half):
+            fitted[i] = counts[best_weights][i]
+    shipped = min(counts, key=lambda w: pool(counts[w]).wer)
+    print(f"  best alpha, beta: {shipped}; seen {checkpoint.progress.audio_s / 3600:.0f} hours")
+    corpora = np.array([item.corpus for item in items])
+    for corpus in [*sorted(set(corpora)), ""]:
+        chosen = np.flatnonzero(corpora == corpus) if corpus else range(len(items))
+        print(
+            f"  {corpus or 'all':26} greedy {pool(greedy[i] for i in chosen).wer:6.1%}  "
+            f"phones {pool(phone_errors[i] for i in chosen).wer:6.1%}  "
+            f"beam {pool(fitted[i] for i in chosen).wer:6.1%}"
+        )
+
+
+def prepare(
+    rows: Sequence[Utterance],
+    condition: Callable[[list[FloatArray]], list[FloatArray]],
+    settings: FeatureSettings,
+) -> Utterances:
+    """Features of the utterances under a condition."""
+    waveforms = [load_audio(row.audio_path, target_rate=settings.sample_rate) for row in rows]
+    return Utterances(rows, [log_mel(w, settings) for w in condition(waveforms)])
+
+
+if __name__ == "__main__":
+    main()

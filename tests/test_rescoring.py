@@ -1,0 +1,243 @@
+"""The second pass: how it ranks, what it leaves alone, and how its weights are found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import CHECKOUT
+from tiny import save_language_model
+
+from export.bundle import export_bundle
+from export.rescorer import export_rescorer
+from service.bundle import CONFIG_NAME, RESCORER_GRAPH, RescoringSettings, hash_file, load_bundle
+from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Search, Word
+from service.decoding.ngram import NgramModel, load_ngram
+from service.errors import BundleError, ExportError
+from service.recogniser import load_recogniser
+from service.rescorer import Rescorer
+from service.rescoring import RescoringDecoder, describe_readings
+from service.scoring import count_errors
+from service.tuning import Item, ReadingList, fit_rescoring, score_readings, tune_bundle
+
+_TEXTS = ("a bad cab", "a dab", "", "add a bead")
+_EMISSION = np.zeros((4, 3), np.float32)
+
+
+def _read(text: str, score: float) -> Hypothesis:
+    words = tuple(Word(w, float(i), i + 1.0, 0.5) for i, w in enumerate(text.split()))
+    return Hypothesis(words, score)
+
+
+class _Search:
+    """Finds the same readings in everything."""
+
+    def __init__(self, readings: Sequence[Hypothesis]) -> None:
+        self.readings = list(readings)
+        self.asked: list[tuple[int, Sequence[Phrase]]] = []
+
+    def decode(
+        self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
+    ) -> list[Hypothesis]:
+        assert emission is _EMISSION
+        self.asked.append((n_best, phrases))
+        return self.readings[:n_best]
+
+    def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
+        self.asked.append((0, phrases))
+        return None
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rescorer")
+    save_language_model(folder / "model.pt")
+    export_rescorer(folder / "model.pt", folder / RESCORER_GRAPH)
+    return folder / RESCORER_GRAPH
+
+
+@pytest.fixture(scope="module")
+def rescorer(graph: Path) -> Rescorer:
+    return Rescorer(graph)
+
+
+@pytest.fixture(scope="module")
+def lm(shipped_bundle: Path) -> NgramModel:
+    ngram = load_bundle(shipped_bundle).ngram
+    assert ngram is not None
+    return load_ngram(ngram)
+
+
+@pytest.fixture(scope="module")
+def rescoring_bundle(
+    shipped_bundle: Path, graph: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The shipped bundle and a recurrent model that has learned nothing."""
+    folder = tmp_path_factory.mktemp("bundles") / "rescoring"
+    shutil.copytree(shipped_bundle, folder)
+    shutil.copy(graph, folder / RESCORER_GRAPH)
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    config["files"][RESCORER_GRAPH] = hash_file(graph)
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    return folder
+
+
+def _readings() -> list[Hypothesis]:
+    return [_read(text, -10.0 - i) for i, text in enumerate(_TEXTS)]
+
+
+def test_readings_are_described_by_both_models_and_their_words(
+    rescorer: Rescorer, lm: NgramModel
+) -> None:
+    features = describe_readings(_readings(), rescorer, lm)
+    assert features.shape == (len(_TEXTS), 3)
+    np.testing.assert_allclose(features[:, 0], rescorer.score([text.split() for text in _TEXTS]))
+    assert features[1, 1] == pytest.approx(np.log(10) * sum(lm.score(["a", "dab"])), rel=1e-6)
+    assert features[:, 2].tolist() == [3, 2, 0, 3]
+
+
+def test_score_is_the_sum_of_both_passes(rescorer: Rescorer, lm: NgramModel) -> None:
+    settings = RescoringSettings(recurrent_weight=0.3, ngram_weight=-0.2, word_score=1.5)
+    search = _Search(_readings())
+    found = RescoringDecoder(search, rescorer, lm, settings).decode(_EMISSION, n_best=4)
+    features = describe_readings(_readings(), rescorer, lm)
+    expected = features @ [0.3, -0.2, 1.5] + [reading.score for reading in _readings()]
+    order = np.argsort(-expected)
+    assert [reading.text for reading in found] == [_TEXTS[i] for i in order]
+    np.testing.assert_allclose([reading.score for reading in found], expected[order])
+    by_text = {reading.text: reading.words for reading in _readings()}
+    assert all(reading.words == by_text[reading.text] for reading in found)
+
+
+def test_recurrent_model_overrules_the_search(rescorer: Rescorer, lm: NgramModel) -> None:
+    likely, unlikely = sorted(_TEXTS[:2], key=lambda t: -rescorer.score([t.split()])[0])
+    search = _Search([_read(unlikely, -1.0), _read(likely, -2.0)])
+    for weight, first in ((0.0, unlikely), (10.0, likely)):
+        settings = RescoringSettings(recurrent_weight=weight)
+        (best,) = RescoringDecoder(search, rescorer, lm, settings).decode(_EMISSION)
+        assert best.text == first
+
+
+def test_without_weights_nothing_changes(rescorer: Rescorer, lm: NgramModel) -> None:
+    search = _Search(_readings())
+    settings = RescoringSettings(recurrent_weight=0.0)
+    assert RescoringDecoder(search, rescorer, lm, settings).decode(_EMISSION, n_best=9) == (
+        _readings()
+    )
+
+
+def test_search_is_asked_for_enough(rescorer: Rescorer, lm: NgramModel) -> None:
+    search = _Search(_readings())
+    decoder = RescoringDecoder(search, rescorer, lm, RescoringSettings(n_best=3))
+    phrases = (Phrase("cab", 2.0),)
+    assert len(decoder.decode(_EMISSION, phrases=phrases)) == 1
+    assert len(decoder.decode(_EMISSION, n_best=4)) == 4
+    assert decoder.open(phrases=phrases) is None
+    assert search.asked == [(3, phrases), (4, ()), (0, phrases)]
+
+
+def test_single_reading_is_returned_as_it_is(rescorer: Rescorer, lm: NgramModel) -> None:
+    search = _Search([_read("", -3.0)])
+    assert RescoringDecoder(search, rescorer, lm, RescoringSettings()).decode(_EMISSION) == (
+        search.readings
+    )
+
+
+def test_bundle_with_a_rescorer_has_the_decoder(
+    rescoring_bundle: Path, waveforms: list[FloatArray]
+) -> None:
+    recogniser = load_recogniser(rescoring_bundle)
+    assert "rescored" in recogniser.decoders
+    (found,) = recogniser.recognise(waveforms[0], decoder="beam", n_best=100)
+    (rescored,) = recogniser.recognise(waveforms[0], decoder="rescored", n_best=100)
+    by_beam, by_both = (
+        [reading.transcript for reading in segment.alternatives] for segment in (found, rescored)
+    )
+    assert sorted(by_both) == sorted(by_beam)
+    assert by_both != by_beam
+    scores = [reading.score for reading in rescored.alternatives]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_bundle_without_a_rescorer_refuses_it(shipped_bundle: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(shipped_bundle, plain)
+    config = json.loads((plain / CONFIG_NAME).read_text())
+    config["files"].pop(RESCORER_GRAPH, None)
+    (plain / CONFIG_NAME).write_text(json.dumps(config))
+    assert "rescored" not in load_recogniser(plain).decoders
+    with pytest.raises(BundleError, match=r"no recurrent language model.*--rescorer"):
+        load_recogniser(plain, decoders=("rescored",))
+
+
+def test_export_refuses_a_rescorer_that_nothing_is_found_for(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="--lm"):
+        export_bundle(
+            tmp_path / "last.pt",
+            tmp_path / "bundle",
+            name="x",
+            language="en",
+            rescorer=tmp_path / "best.pt",
+        )
+    assert not (tmp_path / "bundle").exists()
+
+
+# Weights
+
+
+def _item(speaker: str, reference: str) -> Item:
+    return Item(speaker, "corpus", reference, {})
+
+
+def test_weights_are_those_that_make_fewest_errors(rescorer: Rescorer, lm: NgramModel) -> None:
+    items, lists = [], []
+    for i in range(8):
+        likely, unlikely = sorted(_TEXTS[:2], key=lambda t: -rescorer.score([t.split()])[0])
+        items.append(_item(f"speaker {i}", likely))
+        found = [_read(unlikely, -1.0), _read(likely, -1.5)]
+        lists.append(score_readings(items[-1], found, rescorer, lm))
+    lines: list[str] = []
+    weights = fit_rescoring(items, lists, lines.append)
+    decoder = RescoringDecoder(
+        _Search([_read(unlikely, -1.0), _read(likely, -1.5)]),
+        rescorer,
+        lm,
+        RescoringSettings(**weights),
+    )
+    assert decoder.decode(_EMISSION)[0].text == likely
+    assert "WER 0.00% on all" in lines[-2]
+    assert "oracle" in lines[-2]
+
+
+def test_weights_that_change_nothing_are_zero() -> None:
+    items = [_item("a", "one"), _item("b", "two")]
+    empty = np.zeros((2, 3))
+    readings = [[_read("one", -1), _read("won", -2)], [_read("two", -1), _read("too", -2)]]
+    lists = [
+        ReadingList(
+            errors=[count_errors([item.reference], [reading.text]) for reading in found],
+            searched=np.array([reading.score for reading in found]),
+            features=empty,
+        )
+        for item, found in zip(items, readings, strict=True)
+    ]
+    weights = fit_rescoring(items, lists, lambda _: None)
+    assert weights == {"recurrent_weight": 0.0, "ngram_weight": 0.0, "word_score": 0.0}
+
+
+def test_tuning_fits_the_second_pass(rescoring_bundle: Path) -> None:
+    lines: list[str] = []
+    settings = tune_bundle(
+        rescoring_bundle,
+        CHECKOUT / "examples" / "manifest.jsonl",
+        alphas=[0.7],
+        betas=[0.5],
+        on_line=lines.append,
+    )
+    assert sum("rescored: cross-fitted WER" in line for line in lines) == 2  # a corpus, and all
+    assert settings.rescoring.n_best == 100
+    assert settings.rescoring.recurrent_weight <= 0.3  # it has learned nothing
