@@ -405,3 +405,28 @@ def _lengths(*lengths: int) -> Tensor:
 def _networks(model: AcousticModel) -> list[nn.RNNBase]:
     layers = [layer for layer in model.layers if isinstance(layer, RecurrentLayer)]
     return [n for layer in layers for n in (layer.ahead, layer.back) if n is not None]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_added_layers_change_nothing_and_learn(cell: Cell, bidirectional: bool) -> None:
+    shallow = make_model(cell=cell, bidirectional=bidirectional, n_layers=1)
+    deep = make_model(seed=2, cell=cell, bidirectional=bidirectional, n_layers=3)
+    deep.adopt(shallow.state_dict())
+    features, lengths = torch.randn(2, 40, N_MELS), torch.tensor([40, 31])
+    expected = shallow.eval()(features, lengths)[0]
+    actual = deep.eval()(features, lengths)[0]
+    torch.testing.assert_close(actual, expected)
+    actual.square().mean().backward()
+    for layer in deep.layers[1:]:
+        assert isinstance(layer, RecurrentLayer)
+        size = layer.ahead.hidden_size
+        gradient = dict(layer.ahead.named_parameters())["weight_ih_l0"].grad
+        assert gradient is not None
+        taken_in = gradient if cell == "rnn" else gradient[2 * size : 3 * size]
+        assert len(taken_in.unique(dim=0)) == size  # each unit learns something else
+
+
+def test_adopt_refuses_another_width() -> None:
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        make_model(n_layers=3).adopt(make_model(hidden_size=12).state_dict())

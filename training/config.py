@@ -165,7 +165,7 @@ class RunSettings(Settings):
     evaluate_every_epochs: int = Field(default=1, ge=1)
     """Passes between two evaluations on the development set."""
     initial_checkpoint: Path | None = None
-    """Checkpoint whose weights the run starts from (fine-tuning)."""
+    """Checkpoint whose weights the run starts from: of the same shape, or of fewer layers."""
 
 
 class TrainingSettings(Settings):

@@ -14,7 +14,7 @@ the forward direction goes from chunk to chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeVar
 
@@ -147,6 +147,25 @@ class AcousticModel(nn.Module):
             lengths,
             StreamState(caches[0], caches[1], torch.stack(states, 1)),
         )
+
+    def adopt(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a model of the same shape, or of fewer layers.
+
+        Layers that the other model lacks are added silent: what they give is zero, so this model
+        begins by saying what the other one says.
+
+        Args:
+            state: the other model's `state_dict`.
+
+        Raises:
+            RuntimeError: the models differ in more than their number of layers.
+        """
+        n_known = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+        added: dict[str, Tensor] = {}
+        for i, layer in enumerate(self._stack[n_known:], n_known):
+            layer.silence()
+            added.update({f"layers.{i}.{name}": x for name, x in layer.state_dict().items()})
+        self.load_state_dict({**state, **added})
 
     def window_frames(self, chunking: Chunking) -> int:
         """Feature frames of a window: chunk, right context, and what the convolutions see ahead."""
@@ -281,6 +300,16 @@ class RecurrentLayer(nn.Module):
         x = self.norm(x)
         ahead: Tensor = self.ahead(x)[0]
         return self._add_reverse(ahead, x, reverse)
+
+    def silence(self) -> None:
+        """Let the layer give zeros, in a way that it can learn out of."""
+        for network in (self.ahead, self.back):
+            if network is not None:
+                size = network.hidden_size
+                # what a cell takes in is its third gate; without gates it is everything
+                first = 0 if isinstance(network, nn.RNN) else 2 * size
+                for parameter in network.parameters():
+                    parameter.data[first : first + size] = 0.0
 
     def read_windows(
         self,

@@ -302,7 +302,7 @@ class _Run:
         initial = self.settings.run.initial_checkpoint
         if initial is not None:
             try:
-                model.load_state_dict(load_checkpoint(initial).averaged)
+                model.adopt(load_checkpoint(initial).averaged)
             except RuntimeError as error:
                 raise TrainingError(
                     f"{initial} holds another model than [model] describes: {error}"
