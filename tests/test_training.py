@@ -25,6 +25,8 @@ from tiny import (
     make_model,
     make_settings,
     write_corpus,
+    write_manifest,
+    write_recordings,
     write_settings,
 )
 from torch import Tensor
@@ -33,13 +35,14 @@ from torch.utils.data import get_worker_info
 
 from service.errors import TrainingError
 from service.scoring import count_errors
-from service.text import CHARACTERS, collapse
+from service.text import CHARACTERS, collapse, encode
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from training.config import StreamingSettings, load_settings
 from training.data import Batch, BatchStream, Labels, collate
 from training.distributed import World
 from training.evaluation import errors_by_corpus, greedy_transcripts
 from training.feature_store import FeatureStore
+from training.lexicon import PHONES
 from training.loss import Losses, compute_losses
 from training.model import Chunking
 from training.precision import choose_precision
@@ -218,6 +221,25 @@ def test_train_by_crf_in_noise_learns_to_understand_an_unknown_speaker(
     said = [row[:n].tolist() for row, n in labels]
     spelled = [[" ".join(map(str, ids)) for ids in rows] for rows in (said, heard)]
     assert count_errors(*spelled).wer < 0.3
+
+
+def test_words_that_the_dictionary_lacks_are_said_by_the_graph(
+    corpus: TinyCorpus, shipped_bundle: Path, tmp_path: Path
+) -> None:
+    rows = write_recordings(tmp_path, ["dabcade"], speaker="dora", corpus="tones")
+    manifest = write_manifest(tmp_path / "more.jsonl", rows)
+    more = f'data.train=["{corpus.train}", "{manifest}"]'
+    graph = f'data.g2p="{shipped_bundle / "lexicon" / "g2p.onnx"}"'
+    without = _Run(make_settings(corpus, tmp_path / "without", more), _ALONE)
+    said = _Run(make_settings(corpus, tmp_path / "said", more, graph), _ALONE)
+    spelled = tuple(encode("dabcade", CHARACTERS))
+    name = next(i for i, labels in said.corpus.labels.items() if labels.tokens == spelled)
+    assert without.corpus.labels[name].phones == ()
+    phones = [PHONES[i] for i in said.corpus.labels[name].phones]
+    assert phones[0] == "D"
+    assert "B" in phones
+    others = set(without.corpus.labels) - {name}
+    assert all(said.corpus.labels[o] == without.corpus.labels[o] for o in others)
 
 
 # Going on

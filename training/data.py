@@ -30,7 +30,7 @@ from service.errors import TrainingError
 from service.manifest import Utterance, read_manifest
 from service.text import encode, normalise
 from training.feature_store import FeatureStore
-from training.lexicon import pronounce, unknown_words
+from training.lexicon import Dictionary, pronounce, unknown_words
 from training.model import output_lengths
 
 _N_BUCKETS: Final = 30
@@ -148,7 +148,7 @@ def make_labels(
     cuts: CutSet,
     *,
     tokens: Sequence[str],
-    dictionary: Mapping[str, tuple[tuple[str, ...], ...]],
+    dictionary: Dictionary,
     subsampling: int,
     frames_per_s: float,
     fastest: float,

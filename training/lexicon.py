@@ -19,7 +19,7 @@ PHONES: Final[tuple[str, ...]] = (
 )
 """The 39 phones of the CMU dictionary, without stress, after the CTC blank."""
 
-Dictionary = Mapping[str, tuple[tuple[str, ...], ...]]
+Dictionary = Mapping[str, Sequence[tuple[str, ...]]]
 """Lower-case words and their pronunciations, the usual one first."""
 
 Pronounce = Callable[[Sequence[str]], list[tuple[str, ...]]]
@@ -66,7 +66,7 @@ def pronounce(text: str, dictionary: Dictionary) -> list[int] | None:
 
 def make_lexicon(
     words: Iterable[str], dictionary: Dictionary, pronounce: Pronounce | None
-) -> dict[str, Sequence[tuple[str, ...]]]:
+) -> Dictionary:
     """Pronunciations of the words: the dictionary's, for others the letters-to-phones graph's.
 
     Words that have neither are left out.

@@ -28,6 +28,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from service.errors import TrainingError
 from service.features import FeatureSettings, mel_centres_hz
+from service.g2p import Pronouncer
 from service.scoring import ErrorCounts
 from service.text import CHARACTERS
 from training.augment import shift_level, spec_augment
@@ -43,7 +44,7 @@ from training.data import Batch, BatchStream, Labels, load_batches, make_labels,
 from training.distributed import World, join_world
 from training.evaluation import errors_by_corpus, greedy_transcripts
 from training.feature_store import FeatureStore, store_features
-from training.lexicon import PHONES, load_dictionary
+from training.lexicon import PHONES, Dictionary, load_dictionary, make_lexicon
 from training.loss import Losses, compute_losses
 from training.model import AcousticModel, Chunking
 from training.noise import add_noise, narrow, reverberate
@@ -263,7 +264,7 @@ class _Run:
         labels, report = make_labels(
             cuts,
             tokens=CHARACTERS,
-            dictionary=load_dictionary(),
+            dictionary=self._say_words(cuts),
             subsampling=self.settings.model.subsampling,
             frames_per_s=1 / self._frame_s,
             fastest=max(data.speeds) if is_train else 1.0,
@@ -288,6 +289,12 @@ class _Run:
                 ]
             self.world.gather(None)
         return _Corpus(cuts, labels, stores)
+
+    def _say_words(self, cuts: CutSet) -> Dictionary:
+        """The pronunciations of all words of the transcripts that one is known for."""
+        words = sorted({word for cut in cuts for word in cut.supervisions[0].text.split()})
+        g2p = self.settings.data.g2p
+        return make_lexicon(words, load_dictionary(), Pronouncer(g2p).pronounce if g2p else None)
 
     def _new_model(self) -> AcousticModel:
         model = AcousticModel(
