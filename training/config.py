@@ -50,8 +50,8 @@ class DataSettings(Settings):
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     """Speed perturbation: each pass plays an utterance at one of these, drawn at random."""
     g2p: Path | None = None
-    """Letters-to-phones graph that `voxgate g2p` wrote, for words that the dictionary lacks; if there
-    is none, utterances that have such words do not train the phone head."""
+    """Letters-to-phones graph of `voxgate g2p`, for words that the dictionary lacks; if there is
+    none, utterances that have such words do not train the phone head."""
     n_jobs: int = Field(default=2, ge=1)
     """Processes that compute features."""
 
