@@ -21,7 +21,6 @@ import torch
 from conditions import CONDITIONS
 from tqdm import tqdm
 
-from export.bundle import load_model
 from service.audio import load_audio
 from service.bundle import load_bundle
 from service.decoding.beam import BeamDecoder
@@ -32,7 +31,7 @@ from service.recogniser import make_beam_decoder
 from service.scoring import ErrorCounts, count_errors, pool
 from service.text import collapse, decode, normalise
 from service.tuning import Item, halves_of
-from training.checkpoint import load_checkpoint
+from training.checkpoint import load_checkpoint, load_model
 from training.lexicon import PHONES, load_dictionary, pronounce
 
 FloatArray = npt.NDArray[np.float32]

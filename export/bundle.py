@@ -50,7 +50,7 @@ from service.features import FeatureSettings
 from service.g2p import Pronouncer
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
-from training.checkpoint import Checkpoint, load_checkpoint
+from training.checkpoint import Checkpoint, load_checkpoint, load_model
 from training.lexicon import load_dictionary, make_lexicon
 from training.model import AcousticModel, Chunking
 from training.ngram import BINARY_NAME, NGRAM_NAME, WORDS_NAME
@@ -140,18 +140,6 @@ def export_bundle(
             config = describe(measured=measured)
         _put_in_place(work, folder)
     return config
-
-
-def load_model(checkpoint: Checkpoint) -> AcousticModel:
-    """The averaged model of a checkpoint, ready to evaluate."""
-    model = AcousticModel(
-        n_mels=len(checkpoint.averaged["feature_mean"]),
-        n_tokens=len(checkpoint.tokens),
-        n_phones=len(checkpoint.phones),
-        **checkpoint.settings["model"],
-    )
-    model.load_state_dict(checkpoint.averaged)
-    return model.eval()
 
 
 def make_profiles(model: AcousticModel, *, hop_ms: float = 10.0) -> dict[str, Profile]:

@@ -26,7 +26,7 @@ from tiny import (
 )
 
 from export import bundle as export_module
-from export.bundle import export_bundle, load_model, make_profiles
+from export.bundle import export_bundle, make_profiles
 from export.graph import ServedModel, export_graph, export_streaming_graph, quantise_graph
 from export.parity import (
     check_parity,
@@ -38,7 +38,7 @@ from service.bundle import DecoderSettings, DecodingSettings, Profile, Survival,
 from service.errors import ExportError, ManifestError, TrainingError
 from service.recogniser import load_recogniser
 from service.text import CHARACTERS
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from training.config import TrainingSettings
 from training.lexicon import PHONES
 from training.model import AcousticModel, Cell

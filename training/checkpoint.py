@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 
 from service.errors import TrainingError
+from training.model import AcousticModel
 
 FORMAT_VERSION: Final = 1
 
@@ -103,3 +104,15 @@ def save_weights(checkpoint: Checkpoint, path: Path) -> None:
         ),
         path,
     )
+
+
+def load_model(checkpoint: Checkpoint) -> AcousticModel:
+    """The averaged acoustic model of a checkpoint, ready to evaluate."""
+    model = AcousticModel(
+        n_mels=len(checkpoint.averaged["feature_mean"]),
+        n_tokens=len(checkpoint.tokens),
+        n_phones=len(checkpoint.phones),
+        **checkpoint.settings["model"],
+    )
+    model.load_state_dict(checkpoint.averaged)
+    return model.eval()

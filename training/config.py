@@ -52,6 +52,9 @@ class DataSettings(Settings):
     g2p: Path | None = None
     """Letters-to-phones graph of `voxgate g2p`, for words that the dictionary lacks; if there is
     none, utterances that have such words do not train the phone head."""
+    aligner: Path | None = None
+    """Checkpoint of an earlier model, which says which pronunciation of a word was said; without
+    one, it is always the usual one."""
     n_jobs: int = Field(default=2, ge=1)
     """Processes that compute features."""
 

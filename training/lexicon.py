@@ -64,6 +64,19 @@ def pronounce(text: str, dictionary: Dictionary) -> list[int] | None:
     return [ids[phone] for word in words if word is not None for phone in word[0]]
 
 
+def find_variants(text: str, dictionary: Dictionary) -> list[list[tuple[int, ...]]]:
+    """Phone ids of each pronunciation of each word of normalised text.
+
+    Raises:
+        KeyError: a word is unknown.
+    """
+    ids = _phone_ids()
+    return [
+        [tuple(ids[phone] for phone in phones) for phones in dictionary[word]]
+        for word in text.split()
+    ]
+
+
 def make_lexicon(
     words: Iterable[str], dictionary: Dictionary, pronounce: Pronounce | None
 ) -> Dictionary:

@@ -44,11 +44,18 @@ from training.data import Batch, BatchStream, Labels, load_batches, make_labels,
 from training.distributed import World, join_world
 from training.evaluation import errors_by_corpus, greedy_transcripts
 from training.feature_store import FeatureStore, store_features
-from training.lexicon import PHONES, Dictionary, load_dictionary, make_lexicon
+from training.lexicon import (
+    PHONES,
+    Dictionary,
+    find_variants,
+    load_dictionary,
+    make_lexicon,
+)
 from training.loss import Losses, compute_losses
 from training.model import AcousticModel, Chunking
 from training.noise import add_noise, narrow, reverberate
 from training.precision import choose_precision, device_name
+from training.pronunciations import choose_all, replace_phones
 from training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
@@ -91,7 +98,7 @@ class _Run:
         self.directory = settings.run.directory
         self.directory.mkdir(parents=True, exist_ok=True)
         self.dev = self._prepare(settings.data.dev, is_train=False)
-        self.corpus = self._prepare(settings.data.train, is_train=True)
+        self.corpus = self._align(self._prepare(settings.data.train, is_train=True))
         _refuse_shared_speakers(self.corpus.cuts, self.dev.cuts)
         torch.manual_seed(settings.run.seed)
         self.model = self._new_model().to(world.device)
@@ -264,7 +271,7 @@ class _Run:
         labels, report = make_labels(
             cuts,
             tokens=CHARACTERS,
-            dictionary=self._say_words(cuts),
+            dictionary=self._pronounce_words(cuts),
             subsampling=self.settings.model.subsampling,
             frames_per_s=1 / self._frame_s,
             fastest=max(data.speeds) if is_train else 1.0,
@@ -290,7 +297,28 @@ class _Run:
             self.world.gather(None)
         return _Corpus(cuts, labels, stores)
 
-    def _say_words(self, cuts: CutSet) -> Dictionary:
+    def _align(self, corpus: _Corpus) -> _Corpus:
+        """The corpus with the pronunciations that were said, where there is a model to tell."""
+        aligner = self.settings.data.aligner
+        if aligner is None:
+            return corpus
+        dictionary = self._pronounce_words(corpus.cuts)
+        variants = {
+            cut.id: find_variants(cut.supervisions[0].text, dictionary)
+            for cut in corpus.cuts
+            if cut.id in corpus.labels and corpus.labels[cut.id].phones
+        }
+        stream = BatchStream(
+            corpus.cuts, corpus.labels, corpus.stores[:1], batch_s=_DEV_BATCH_S, seed=0, epoch=0
+        )
+        for turn in range(self.world.size):  # one process computes, the others then find it
+            if turn == min(self.world.rank, 1):
+                path = self.directory / "pronunciations.json"
+                said = choose_all(aligner, stream, variants, path)
+            self.world.gather(None)
+        return replace(corpus, labels=replace_phones(corpus.labels, said))
+
+    def _pronounce_words(self, cuts: CutSet) -> Dictionary:
         """The pronunciations of all words of the transcripts that one is known for."""
         words = sorted({word for cut in cuts for word in cut.supervisions[0].text.split()})
         g2p = self.settings.data.g2p

@@ -1,0 +1,157 @@
+"""Which of a word's pronunciations was said: the likeliest one by a trained model.
+
+The dictionary has several for many words ("the", "a", "and", "route"). A phone head that is trained
+on the usual one everywhere is trained on mistakes; one that has learned enough to hear the
+difference can say which it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from service.text import BLANK
+from training.checkpoint import load_checkpoint, load_model
+from training.data import BatchStream, Labels
+
+Variants = Sequence[tuple[int, ...]]
+"""Phone ids of each pronunciation of a word."""
+
+_NONE: Final = -1
+_IMPOSSIBLE: Final = -1e30
+
+
+def choose_all(
+    aligner: Path,
+    stream: BatchStream,
+    variants: Mapping[str, Sequence[Variants]],
+    path: Path,
+) -> dict[str, tuple[int, ...]]:
+    """Phones of utterances as they were said; written to `path`, and read there the next time.
+
+    Args:
+        aligner: checkpoint of the model whose phone head decides.
+        stream: all batches of the utterances, at normal speed.
+        variants: for each utterance the pronunciations of its words.
+        path: JSON file of the result.
+
+    Returns:
+        Phone ids by utterance; one that does not fit into its frames is left out.
+
+    Raises:
+        TrainingError: the checkpoint cannot be read.
+    """
+    if path.exists():
+        return {i: tuple(phones) for i, phones in json.loads(path.read_text()).items()}
+    model = load_model(load_checkpoint(aligner))
+    said: dict[str, tuple[int, ...]] = {}
+    batches = tqdm(stream, "pronunciations", len(stream.plan()), unit="batch", mininterval=5.0)
+    for batch in batches:
+        wanted = [n for n, i in enumerate(batch.utterance_ids) if i in variants]
+        with torch.inference_mode():
+            _, logits, lengths = model(batch.features[wanted], batch.feature_lengths[wanted])
+        for n, row, length in zip(wanted, logits.log_softmax(-1), lengths.tolist(), strict=True):
+            utterance = batch.utterance_ids[n]
+            words = variants[utterance]
+            chosen = choose_pronunciations(row[:length], words)
+            if chosen is not None:
+                said[utterance] = tuple(
+                    phone for word, i in zip(words, chosen, strict=True) for phone in word[i]
+                )
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(said))
+    unfinished.rename(path)
+    return said
+
+
+def replace_phones(
+    labels: Mapping[str, Labels], said: Mapping[str, tuple[int, ...]]
+) -> dict[str, Labels]:
+    """The labels with the phones that were said, where that is known."""
+    return {i: Labels(label.tokens, said.get(i, label.phones)) for i, label in labels.items()}
+
+
+def choose_pronunciations(log_probs: Tensor, words: Sequence[Variants]) -> list[int] | None:
+    """The likeliest pronunciation of each word, by the best CTC path (Viterbi).
+
+    Args:
+        log_probs: of the phones, float32, (frames, phone), blank first.
+        words: pronunciations of each word, none of them empty.
+
+    Returns:
+        Which one it was for each word; None if there are too few frames for any.
+    """
+    graph = _Graph(words)
+    emitted = log_probs.numpy().astype(np.float64)[:, graph.units]  # (frames, state)
+    n_frames, n_states = emitted.shape
+    if n_frames == 0:
+        return None
+    scores = np.full(n_states + 1, _IMPOSSIBLE)  # the last one stands for no state
+    scores[graph.first] = emitted[0, graph.first]
+    came_from = np.zeros((n_frames, n_states), np.int64)
+    rows = np.arange(n_states)
+    for t in range(1, n_frames):
+        reached = scores[graph.predecessors]  # (state, predecessor)
+        best = reached.argmax(1)
+        came_from[t] = graph.predecessors[rows, best]
+        scores[:-1] = reached[rows, best] + emitted[t]
+    state = max(graph.last, key=lambda s: float(scores[s]))
+    if scores[state] < _IMPOSSIBLE / 2:
+        return None
+    chosen = [0] * len(words)
+    for t in range(n_frames - 1, -1, -1):
+        word, variant = graph.owners[state]
+        if variant != _NONE:
+            chosen[word] = variant
+        state = came_from[t, state]
+    return chosen
+
+
+class _Graph:
+    """CTC states of words that may be said in several ways; blanks between words are shared."""
+
+    def __init__(self, words: Sequence[Variants]) -> None:
+        units: list[int] = []
+        owners: list[tuple[int, int]] = []
+        before: list[list[int]] = []
+
+        def add(unit: int, owner: tuple[int, int], predecessors: Sequence[int]) -> int:
+            state = len(units)
+            units.append(unit)
+            owners.append(owner)
+            before.append([state, *predecessors])
+            return state
+
+        ends: list[int] = []  # of the word before
+        self.first: list[int] = []
+        for number, variants in enumerate(words):
+            pause = add(BLANK, (number, _NONE), ends)
+            heads, tails = [], []
+            for i, phones in enumerate(variants):
+                sources = [pause, *(s for s in ends if units[s] != phones[0])]
+                state = add(phones[0], (number, i), sources)
+                heads.append(state)
+                for last, phone in pairwise(phones):
+                    gap = add(BLANK, (number, _NONE), [state])
+                    state = add(phone, (number, i), [gap, *([state] if phone != last else [])])
+                tails.append(state)
+            if number == 0:
+                self.first = [pause, *heads]
+            ends = tails
+        pause = add(BLANK, (len(words), _NONE), ends)
+        self.last = [pause, *ends]
+        self.units = np.array(units)
+        self.owners = owners
+        width = max(map(len, before))
+        self.predecessors: npt.NDArray[np.int64] = np.array(
+            [row + [len(units)] * (width - len(row)) for row in before]
+        )
