@@ -169,6 +169,23 @@ def test_make_labels_leaves_out_what_is_outside_the_durations() -> None:
     assert report == LabelReport(n_utterances=4, n_outside_duration=2)
 
 
+def test_make_labels_leaves_out_speakers_that_are_held_out(stored: _Stored) -> None:
+    labels, report = make_labels(
+        stored.cuts,
+        tokens=CHARACTERS,
+        dictionary=load_dictionary(),
+        subsampling=4,
+        frames_per_s=FRAMES_PER_S,
+        fastest=1.0,
+        shortest_s=0.0,
+        longest_s=99.0,
+        held_out_speakers=("anna",),
+    )
+    assert {cut.supervisions[0].speaker for cut in stored.cuts if cut.id in labels} == {"phone"}
+    assert report.n_held_out == len(stored.cuts) - 1
+    assert f"left out {report.n_held_out} held out" in str(report)
+
+
 def test_make_labels_leaves_out_empty_transcripts() -> None:
     labels, report = _label([2.0, 2.0], ["", "a"])
     assert list(labels) == ["c1"]

@@ -41,6 +41,8 @@ class DataSettings(Settings):
     """Manifests of the development set; its speakers must not be in the training set."""
     corpora: tuple[str, ...] = ()
     """Corpora of the training manifests that are used; none named means all."""
+    held_out_speakers: tuple[str, ...] = ()
+    """Speakers of the training manifests that are kept for other tests."""
     cache: Path = Path("runs/features")
     """Folder of the computed features; they are computed once and found again."""
     longest_s: float = Field(default=20.0, gt=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice, pairwise
@@ -53,6 +53,8 @@ class LabelReport:
 
     n_utterances: int = 0
     """Utterances in the manifests, after the choice of corpora."""
+    n_held_out: int = 0
+    """Left out as their speaker is kept for other tests."""
     n_outside_duration: int = 0
     """Left out as shorter or longer than the settings allow."""
     n_empty: int = 0
@@ -65,11 +67,15 @@ class LabelReport:
     """The words the dictionary lacks, with how often they occur."""
 
     def __str__(self) -> str:
-        kept = self.n_utterances - self.n_outside_duration - self.n_empty - self.n_too_dense
+        left_out = {
+            "held out": self.n_held_out,
+            "outside the durations": self.n_outside_duration,
+            "without text": self.n_empty,
+            "too dense for CTC": self.n_too_dense,
+        }
         return (
-            f"{self.n_utterances} utterances: {kept} kept; left out {self.n_outside_duration} "
-            f"outside the durations, {self.n_empty} without text, {self.n_too_dense} too dense for "
-            f"CTC; phone head masked for {self.n_without_phones} "
+            f"{self.n_utterances} utterances: {self.n_utterances - sum(left_out.values())} kept; "
+            f"left out {', '.join(f'{n} {why}' for why, n in left_out.items())}; phone head masked for {self.n_without_phones} "
             f"({len(self.unknown_words)} words not in the dictionary)"
         )
 
@@ -154,6 +160,7 @@ def make_labels(
     fastest: float,
     shortest_s: float,
     longest_s: float,
+    held_out_speakers: Collection[str] = (),
 ) -> tuple[dict[str, Labels], LabelReport]:
     """Make the labels of every cut that CTC can learn from, and count what was left out.
 
@@ -161,7 +168,7 @@ def make_labels(
     at the fastest speed, after subsampling.
     """
     labels: dict[str, Labels] = {}
-    counts = dict.fromkeys(("outside", "empty", "dense", "phoneless"), 0)
+    counts = dict.fromkeys(("held out", "outside", "empty", "dense", "phoneless"), 0)
     unknown: dict[str, int] = {}
     for cut in cuts:
         text = cut.supervisions[0].text
@@ -170,6 +177,9 @@ def make_labels(
                 torch.tensor(int(cut.duration / fastest * frames_per_s) - 2), subsampling
             )
         )
+        if cut.supervisions[0].speaker in held_out_speakers:
+            counts["held out"] += 1
+            continue
         if not shortest_s <= cut.duration <= longest_s:
             counts["outside"] += 1
             continue
@@ -189,6 +199,7 @@ def make_labels(
         labels[cut.id] = Labels(tokens=tuple(token_ids), phones=tuple(fitting))
     report = LabelReport(
         n_utterances=len(cuts),
+        n_held_out=counts["held out"],
         n_outside_duration=counts["outside"],
         n_empty=counts["empty"],
         n_too_dense=counts["dense"],

@@ -26,18 +26,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import soundfile
 from lhotse.audio import get_audio_duration_mismatch_tolerance
 from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
 from lhotse.recipes import download_librispeech as download_with_lhotse
 from lhotse.recipes.librispeech import LIBRISPEECH, MINI_LIBRISPEECH, parse_utterance
 
-from service.audio import AUDIO_EXTENSIONS, Stopwatch, load_blocks
+from service.audio import AUDIO_EXTENSIONS
 from service.errors import AudioError, InputError, TrainingError
 from service.manifest import Utterance
 from service.text import normalise
 
 _RUN_AHEAD: Final = 64  # recordings that are handed to each thread at a time
+_BLOCK_FRAMES: Final = 1 << 20
 _EXAMPLES: Final = 3  # names in the report for each reason
 _LIBRISPEECH_FOLDER: Final = "LibriSpeech"
 _CV_SPLIT: Final = ("train", "dev", "test")
@@ -255,7 +257,7 @@ def _examine_line(corpus: _Corpus, part: Path, line: str) -> Utterance | LeftOut
     name = f"{part.name}: {line.split(maxsplit=1)[0]}"
     try:
         found = parse_utterance(part, line, {})
-    except (OSError, UnicodeError, soundfile.SoundFileError) as error:
+    except (OSError, UnicodeError, soundfile.LibsndfileError) as error:
         return LeftOut(name, Reason.bad_audio, str(error))
     if found is None:
         return LeftOut(name, Reason.no_audio, "not in the folder of its speaker and chapter")
@@ -652,7 +654,7 @@ def _examine(corpus: _Corpus, path: Path, *, text: str, speaker: str) -> Utteran
         return LeftOut(shown, Reason.empty_text, f"{text.strip():.40}")
     try:
         duration_s = _measure(path)
-    except InputError as error:
+    except AudioError as error:
         return LeftOut(shown, Reason.bad_audio, str(error))
     return Utterance(
         audio_path=path,
@@ -665,24 +667,29 @@ def _examine(corpus: _Corpus, path: Path, *, text: str, speaker: str) -> Utteran
 
 
 def _measure(path: Path) -> float:
-    """Decode a recording to its end; return its length as its header has it, seconds.
+    """Decode a recording to its end, as training does; return what its header says, seconds.
 
     Raises:
-        InputError: it cannot be decoded, or is not as long as its header says; training stops at
-            either.
+        AudioError: training would stop at it: it cannot be decoded, holds no samples or some that
+            are no numbers, or is not as long as its header says.
     """
+    n_frames = 0
     try:
-        info = soundfile.info(str(path))
-    except soundfile.SoundFileError as error:
-        raise AudioError(f"cannot be opened: {error}") from error
-    stopwatch = Stopwatch(info.samplerate)
-    for _ in stopwatch.measure(load_blocks(path, target_rate=info.samplerate)):
-        pass
-    duration_s = float(info.frames / info.samplerate)
-    if abs(duration_s - stopwatch.seconds) > get_audio_duration_mismatch_tolerance():
+        with soundfile.SoundFile(path) as file:
+            duration_s = float(file.frames / file.samplerate)
+            while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)) > 0:
+                n_frames += len(block)
+                if not np.isfinite(block).all():
+                    raise AudioError("it has samples that are not numbers: record it again")
+            decoded_s = n_frames / file.samplerate
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{error.error_string} It may be cut off: copy it again") from error
+    if n_frames == 0:
+        raise AudioError("it holds no samples")
+    if abs(duration_s - decoded_s) > get_audio_duration_mismatch_tolerance():
         raise AudioError(
-            f"its header says {duration_s:.2f} s, but {stopwatch.seconds:.2f} s can be decoded; it "
-            "may be cut off: copy it again"
+            f"its header says {duration_s:.2f} s, but {decoded_s:.2f} s can be decoded; it may be "
+            "cut off: copy it again"
         )
     return duration_s
 

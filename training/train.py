@@ -277,6 +277,7 @@ class _Run:
             fastest=max(data.speeds) if is_train else 1.0,
             shortest_s=data.shortest_s if is_train else 0.0,
             longest_s=data.longest_s if is_train else float("inf"),
+            held_out_speakers=data.held_out_speakers if is_train else (),
         )
         self._say(f"{'train' if is_train else 'dev'}: {report}")
         if not labels:
