@@ -12,7 +12,8 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
@@ -30,6 +31,7 @@ from service.processors import count_usable_processors
 if TYPE_CHECKING:
     from service.evaluation import Evaluation
     from service.recogniser import DecoderName, Recogniser
+    from training.prepare import Report
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ lm_app = typer.Typer(no_args_is_help=True, help="Language models.")
 app.add_typer(lm_app, name="lm")
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements.")
 app.add_typer(bench_app, name="bench")
+prepare_app = typer.Typer(no_args_is_help=True, help="Manifests of corpora, to train on.")
+app.add_typer(prepare_app, name="prepare")
 models_app = typer.Typer(no_args_is_help=True, help="Models of a running server.")
 app.add_typer(models_app, name="models")
 domain_app = typer.Typer(no_args_is_help=True, help="What to listen for, and what it means.")
@@ -134,6 +138,9 @@ ApiKeyOption = Annotated[
 ThreadsOption = Annotated[
     int | None,
     typer.Option("--threads", min=1, metavar="N", help="Threads; default all usable processors."),
+]
+ManifestsOption = Annotated[
+    Path, typer.Option("--output", metavar="DIR", help="Gets the manifests.")
 ]
 
 
@@ -544,6 +551,111 @@ def train(
     run_task(config, overrides or [])
 
 
+@prepare_app.command("librispeech")
+def prepare_librispeech(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Holds the subsets, or LibriSpeech/ with them.")
+    ],
+    *,
+    output: ManifestsOption,
+    subsets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--subset",
+            metavar="NAME",
+            help="Such as train-clean-5; may be given many times; default all that are there.",
+        ),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="First fetch the subsets named into DIR.")
+    ] = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Write a manifest for each subset of LibriSpeech."""
+    _require_training("prepare librispeech")
+    from training import prepare  # noqa: PLC0415
+
+    if download:
+        prepare.download_librispeech(folder, subsets or [])
+    with _recordings_bar() as show:
+        report = prepare.prepare_librispeech(
+            folder,
+            output,
+            subsets=subsets or [],
+            n_threads=threads or count_usable_processors(),
+            on_progress=show,
+        )
+    _print_prepared(report)
+
+
+@prepare_app.command("commonvoice")
+def prepare_common_voice(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The unpacked release, or what holds it.")
+    ],
+    *,
+    output: ManifestsOption,
+    language: Annotated[str, typer.Option("--language", help="As the release calls it.")] = "en",
+    subsets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--subset",
+            metavar="NAME",
+            help="Such as validated; may be given many times; default train, dev and test.",
+        ),
+    ] = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Write a manifest for each part of a Common Voice release."""
+    _require_training("prepare commonvoice")
+    from training import prepare  # noqa: PLC0415
+
+    with _recordings_bar() as show:
+        report = prepare.prepare_common_voice(
+            folder,
+            output,
+            language=language,
+            subsets=subsets or [],
+            n_threads=threads or count_usable_processors(),
+            on_progress=show,
+        )
+    _print_prepared(report)
+
+
+@prepare_app.command("folder")
+def prepare_folder(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Recordings with texts; see docs/prepare.md.")
+    ],
+    *,
+    output: ManifestsOption,
+    corpus: Annotated[
+        str, typer.Option("--corpus", metavar="NAME", help="In the manifests; default DIR's name.")
+    ] = "",
+    dev_share: Annotated[
+        float,
+        typer.Option(
+            "--dev-share", min=0.0, max=0.9, help="Share of the hours for dev; 0 splits nothing."
+        ),
+    ] = 0.1,
+    threads: ThreadsOption = None,
+) -> None:
+    """Write manifests of recordings of your own, split into train and dev."""
+    _require_training("prepare folder")
+    from training import prepare  # noqa: PLC0415
+
+    with _recordings_bar() as show:
+        report = prepare.prepare_folder(
+            folder,
+            output,
+            corpus=corpus,
+            dev_share=dev_share,
+            n_threads=threads or count_usable_processors(),
+            on_progress=show,
+        )
+    _print_prepared(report)
+
+
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")],
@@ -919,6 +1031,38 @@ def _progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=_stderr,
     )
+
+
+@contextmanager
+def _recordings_bar() -> Iterator[Callable[[int, int], None]]:
+    with _progress_bar() as progress:
+        task = progress.add_task("looking for recordings", total=None)
+
+        def show(n_done: int, n_all: int) -> None:
+            progress.update(task, description="reading recordings", completed=n_done, total=n_all)
+
+        yield show
+
+
+def _print_prepared(report: Report) -> None:
+    from training.prepare import describe  # noqa: PLC0415
+
+    table = Table("manifest", "utterances", "hours", "speakers")
+    for written in report.manifests:
+        table.add_row(
+            written.path.name,
+            f"{written.n_utterances}",
+            f"{written.duration_s / 3600:.2f}",
+            f"{written.n_speakers or 'unknown'}",
+        )
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"{len(report.left_out)} left out")
+    for line in describe(report.left_out):
+        console.print(f"  {line}")
+    for warning in report.warnings:
+        _stderr.print(f"note: {warning}", style="yellow")
+    _stderr.print(f"wrote {', '.join(str(written.path) for written in report.manifests)}")
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:

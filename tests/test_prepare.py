@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lhotse.recipes
+import numpy as np
 import pytest
 import soundfile
 from lhotse.audio.backend import LibsndfileBackend, set_current_audio_backend
@@ -518,6 +519,16 @@ def test_folder_leaves_out_what_cannot_be_used_and_goes_on(tmp_path: Path) -> No
     train_on(tmp_path / "out" / "all.jsonl")
 
 
+def test_folder_leaves_out_samples_that_are_not_numbers(tmp_path: Path) -> None:
+    for stem, sample in (("a", 0.1), ("b", np.nan), ("c", np.inf)):
+        waveform = np.full(8000, sample, np.float32)
+        soundfile.write(tmp_path / f"{stem}.wav", waveform, 16_000, subtype="FLOAT")
+        (tmp_path / f"{stem}.txt").write_text("ace")
+    report = prepare_folder(tmp_path, tmp_path, dev_share=0)
+    assert list(texts(tmp_path)) == ["a.wav"]
+    assert reasons(report) == {Reason.bad_audio: 2}
+
+
 def test_folder_leaves_out_names_that_a_manifest_cannot_hold(tmp_path: Path) -> None:
     for name in (os.fsdecode(b"caf\xe9"), "café"):
         record(tmp_path / "new.wav").rename(tmp_path / f"{name}.wav")
@@ -677,7 +688,8 @@ def test_command_prepares_common_voice(tmp_path: Path) -> None:
 
 
 def test_command_ends_with_2_and_one_message_where_nothing_is_found(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "service.cli", "prepare", "folder", tmp_path, "--output", "x"]
+    command = [sys.executable, "-m", "service.cli", "prepare", "folder", str(tmp_path)]
+    command += ["--output", str(tmp_path / "out")]
     result = subprocess.run(command, capture_output=True, check=False, text=True)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

@@ -73,9 +73,10 @@ class LabelReport:
             "without text": self.n_empty,
             "too dense for CTC": self.n_too_dense,
         }
+        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
         return (
             f"{self.n_utterances} utterances: {self.n_utterances - sum(left_out.values())} kept; "
-            f"left out {', '.join(f'{n} {why}' for why, n in left_out.items())}; phone head masked for {self.n_without_phones} "
+            f"left out {reasons}; phone head masked for {self.n_without_phones} "
             f"({len(self.unknown_words)} words not in the dictionary)"
         )
 
