@@ -740,6 +740,13 @@ def lm_build(
     min_count: Annotated[
         int, typer.Option("--min-count", min=1, help="Leave out words seen less often.")
     ] = 1,
+    words: Annotated[
+        Path | None,
+        typer.Option("--words", metavar="FILE", help="Words to add that the text may lack."),
+    ] = None,
+    dictionary: Annotated[
+        bool, typer.Option("--dictionary", help="Add all words of the pronouncing dictionary.")
+    ] = False,
     quantise: Annotated[
         int | None, typer.Option("--quantise", min=2, max=25, help="Bits of a probability.")
     ] = None,
@@ -747,7 +754,7 @@ def lm_build(
 ) -> None:
     """Build a word n-gram language model from text."""
     _require("tqdm", "lm build")
-    from training.ngram import build_ngram  # noqa: PLC0415
+    from training.ngram import build_ngram, read_words  # noqa: PLC0415
 
     try:
         pruning = [int(n) for n in prune.replace(",", " ").split()]
@@ -760,6 +767,7 @@ def lm_build(
         prune=pruning or [0],
         n_words=vocabulary,
         min_count=min_count,
+        more_words=read_words(words, dictionary=dictionary),
         quantise_bits=quantise,
         keep_arpa=arpa,
     )

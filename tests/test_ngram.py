@@ -12,8 +12,9 @@ from pathlib import Path
 import kenlm
 import pytest
 
+from service.decoding.ngram import load_ngram
 from service.errors import InputError, MissingExtraError, TrainingError
-from training.ngram import NgramReport, build_ngram
+from training.ngram import NgramReport, build_ngram, read_words
 
 _SENTENCES = [
     "The cat sat on the mat.",
@@ -44,6 +45,12 @@ def _words(folder: Path) -> list[str]:
 
 def _load(folder: Path) -> kenlm.Model:
     return kenlm.Model(str(folder / "lm.binary"))
+
+
+def _unigrams(folder: Path) -> dict[str, float]:
+    """Log10 probabilities by word."""
+    model = load_ngram(folder / "lm.ngram")
+    return dict(zip(model.words, model.unigram_log_probs().tolist(), strict=True))
 
 
 def _load_arpa(folder: Path) -> kenlm.Model:
@@ -292,3 +299,33 @@ def test_tool_on_the_path_is_used(
     monkeypatch.setenv("PATH", str(Path(sys.prefix) / "bin"))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert build_ngram([text], tmp_path / "lm", order=2).n_lines == len(_SENTENCES)
+
+
+def test_added_words_are_as_likely_as_the_rarest(text: Path, tmp_path: Path) -> None:
+    build_ngram([text], tmp_path / "plain", order=3)
+    report = build_ngram([text], tmp_path / "more", order=3, more_words={"zyx", "qaz", "the"})
+    assert _words(tmp_path / "more") == sorted({*_words(tmp_path / "plain"), "zyx", "qaz"})
+    assert report.n_types == len(_words(tmp_path / "more"))
+    before, after = (_unigrams(tmp_path / name) for name in ("plain", "more"))
+    changes = [after[word] - before[word] for word in before if word != "<s>"]
+    assert max(changes) - min(changes) < 1e-4
+    assert changes[0] < 0
+    rarest = min(after[word] for word in _words(tmp_path / "plain"))
+    assert after["zyx"] == after["qaz"] == pytest.approx(rarest, abs=1e-5)
+    assert sum(10 ** after[word] for word in after if word != "<s>") == pytest.approx(1, abs=1e-3)
+    assert "zyx" in _load(tmp_path / "more")
+    assert "zyx" not in _load(tmp_path / "plain")
+
+
+def test_words_to_add_are_normalised(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("Voxgate\nSEMI-COLON 7\n")
+    assert read_words(tmp_path / "words.txt", dictionary=False) == {
+        "voxgate",
+        "semi",
+        "colon",
+        "seven",
+    }
+    assert read_words(None, dictionary=False) == set()
+    known = read_words(None, dictionary=True)
+    assert {"the", "computer", "don't"} <= known
+    assert len(known) > 100_000

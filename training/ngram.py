@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Final
 
 from tqdm import tqdm
 
+from service.decoding.ngram import SENTENCE_START, UNKNOWN
 from service.errors import InputError, MissingExtraError, TrainingError
 from service.text import normalise
 from training.arpa import compile_arpa
+from training.lexicon import load_dictionary
 
 NGRAM_NAME: Final = "lm.ngram"
 BINARY_NAME: Final = "lm.binary"
 WORDS_NAME: Final = "words.txt"
 HIGHEST_ORDER: Final = 6
+_NO_WORDS: Final = frozenset({SENTENCE_START, UNKNOWN})
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def build_ngram(
     prune: Sequence[int] = (0,),
     n_words: int | None = None,
     min_count: int = 1,
+    more_words: Collection[str] = (),
     quantise_bits: int | None = None,
     keep_arpa: bool = False,
 ) -> NgramReport:
@@ -71,6 +77,8 @@ def build_ngram(
             value holds for all higher orders.
         n_words: the most words in the word list, the frequent ones first; None takes all.
         min_count: a word that occurs less often is left out of the word list.
+        more_words: normalised words that belong into the list whether the text has them or not;
+            those that it lacks get the probability of its rarest word.
         quantise_bits: bits of a stored probability and back-off in KenLM's file; our own takes
             8 where this is given. None keeps float32 in both.
         keep_arpa: also write `lm.arpa.gz`.
@@ -97,6 +105,11 @@ def build_ngram(
         estimate = [lmplz, "-o", str(order), "--prune", *pruning, "-S", "2G", "-T", folder]
         estimate += ["--limit_vocab_file", f"{folder}/{WORDS_NAME}", "--discount_fallback"]
         _run([*estimate, "--text", str(corpus), "--arpa", str(arpa)])
+        unseen = sorted(set(more_words) - set(words))
+        if unseen:
+            _add_words(arpa, unseen)
+            words = sorted([*words, *unseen])
+            (Path(folder) / WORDS_NAME).write_text("\n".join(words) + "\n", encoding="utf-8")
         binary = Path(folder) / BINARY_NAME
         quantise = ["-q", str(quantise_bits), "-b", str(quantise_bits)] if quantise_bits else []
         _run([build_binary, *quantise, "-a", "255", "trie", str(arpa), str(binary)])
@@ -114,6 +127,29 @@ def build_ngram(
         coverage=sum(counts[word] for word in words) / total,
         n_bytes=(output / NGRAM_NAME).stat().st_size,
     )
+
+
+def read_words(path: Path | None, *, dictionary: bool) -> set[str]:
+    """Words that are to be added to a word list.
+
+    Args:
+        path: of a text with them; None adds none.
+        dictionary: whether to add those of the pronouncing dictionary.
+
+    Returns:
+        The words, normalised; what is not written in letters alone is left out.
+
+    Raises:
+        InputError: the text cannot be read.
+        MissingExtraError: the dictionary is not installed.
+    """
+    words = set[str]()
+    if path is not None:
+        for line in _read_lines([path]):
+            words.update(normalise(line).split())
+    if dictionary:
+        words.update(word for word in load_dictionary() if normalise(word) == word)
+    return words
 
 
 def _write_corpus(texts: Sequence[Path], corpus: Path) -> tuple[Counter[str], int]:
@@ -155,6 +191,27 @@ def _choose_words(counts: Counter[str], *, n_words: int | None, min_count: int) 
     if not ranked:
         raise InputError(f"no word occurs {min_count} times; lower the minimum count")
     return sorted(word for _, word in ranked[:n_words])
+
+
+def _add_words(arpa: Path, words: Sequence[str]) -> None:
+    """Give words that the text lacks the probability of its rarest one; the others make room."""
+    changed = arpa.with_suffix(".more")
+    with arpa.open(encoding="utf-8") as source, changed.open("w", encoding="utf-8") as target:
+        for line in source:
+            name, _, n = line.partition("=")
+            target.write(f"{name}={int(n) + len(words)}\n" if name == "ngram 1" else line)
+            if line.startswith("\\1-grams"):
+                break
+        unigrams = [line.rstrip("\n").split("\t") for line in takewhile(str.strip, source)]
+        log_probs = [float(row[0]) for row in unigrams if row[1] not in _NO_WORDS]
+        rarest = min(log_probs)
+        room = math.log10(1 + len(words) * 10**rarest)
+        for log_prob, *rest in unigrams:
+            target.write("\t".join([f"{float(log_prob) - room:.6g}", *rest]) + "\n")
+        target.writelines(f"{rarest - room:.6g}\t{word}\t0\n" for word in words)
+        target.write("\n")
+        target.writelines(source)
+    changed.replace(arpa)
 
 
 def _find_tool(name: str) -> str:
