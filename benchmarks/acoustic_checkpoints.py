@@ -26,13 +26,15 @@ from service.bundle import load_bundle
 from service.decoding.beam import BeamDecoder
 from service.decoding.ngram import load_ngram
 from service.features import FeatureSettings, log_mel
+from service.g2p import Pronouncer
 from service.manifest import Utterance, read_manifest
 from service.recogniser import make_beam_decoder
 from service.scoring import ErrorCounts, count_errors, pool
 from service.text import collapse, decode, normalise
 from service.tuning import Item, halves_of
 from training.checkpoint import load_checkpoint, load_model
-from training.lexicon import PHONES, load_dictionary, pronounce
+from training.lexicon import PHONES, Dictionary, load_dictionary, make_lexicon, pronounce
+from training.ngram import NGRAM_NAME
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--dev", type=Path, required=True)
     parser.add_argument("--bundle", type=Path, default=Path("bundles/en-small"))
+    parser.add_argument("--lm", type=Path, help="folder of `voxgate lm build`, not the bundle's")
     parser.add_argument("--conditions", nargs="+", choices=sorted(CONDITIONS), default=["clean"])
     parser.add_argument("--corpora", nargs="*", default=[], help="all where none is named")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.5, 0.7, 0.9, 1.1])
@@ -62,8 +65,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     bundle = load_bundle(options.bundle)
     assert bundle.ngram is not None
+    assert bundle.g2p_graph is not None
     lm = load_ngram(bundle.ngram)
-    lexicon = bundle.read_lexicon()
+    lexicon: Dictionary = bundle.read_lexicon()
+    if options.lm:
+        lm = load_ngram(options.lm / NGRAM_NAME)
+        known = {**load_dictionary(), **lexicon}
+        lexicon = make_lexicon(lm.vocabulary, known, Pronouncer(bundle.g2p_graph).pronounce)
     wanted = bundle.config.decoding.of("phones")
     if options.beam_width:
         wanted = wanted.model_copy(update={"beam_width": options.beam_width})

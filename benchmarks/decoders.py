@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from service.bundle import Bundle, SearchTokens, find_bundle, load_bundle
 from service.decoding.beam import BeamDecoder
 from service.decoding.hypothesis import FloatArray, Phrase
-from service.decoding.ngram import load_ngram
+from service.decoding.ngram import NgramModel, load_ngram
 from service.recogniser import make_beam_decoder, make_decoders
 from service.scoring import ErrorCounts, count_errors
 from service.text import BLANK, SPACE
@@ -79,7 +80,10 @@ class Flashlight:
         self._words = Dictionary()
         for word in (*lexicon, "<unk>"):
             self._words.add_entry(word)
-        self._lm = KenLM(str(bundle.lm_binary), self._words)
+        with tempfile.TemporaryDirectory() as temporary:
+            arpa = Path(temporary) / "lm.arpa"
+            open_lm(bundle).save_arpa(arpa)
+            self._lm = KenLM(str(arpa), self._words)
         self._separator = ids.get(SPACE, BLANK) if head == "characters" else BLANK
         self._has_separator = head == "characters"
         self._n_tokens = len(tokens)
@@ -158,7 +162,13 @@ def spell_words(bundle: Bundle, head: SearchTokens) -> dict[str, tuple[tuple[str
     """The words of the language model as flashlight-text wants them: letters end with a space."""
     if head == "phones":
         return bundle.read_lexicon()
-    return {word: ((*word, SPACE),) for word in bundle.read_words()}
+    return {word: ((*word, SPACE),) for word in open_lm(bundle).vocabulary}
+
+
+def open_lm(bundle: Bundle) -> NgramModel:
+    """The bundle's language model."""
+    assert bundle.ngram is not None
+    return load_ngram(bundle.ngram)
 
 
 def make_rows(bundle: Bundle, items: Sequence[Item], beams: Sequence[int]) -> dict[str, Row]:
@@ -169,7 +179,7 @@ def make_rows(bundle: Bundle, items: Sequence[Item], beams: Sequence[int]) -> di
         "ours, phones": Row("phones", lambda e: ours["beam-phones"].decode(e)[0].text),
         "pyctcdecode, characters": Row("characters", lambda e: ours["reference"].decode(e)[0].text),
     }
-    lm = load_ngram(bundle.ngram) if bundle.ngram else None
+    lm = open_lm(bundle)
     for head, beam in product(HEADS, SMALL_BEAMS):
         settings = bundle.config.decoding.of(head).model_copy(update={"beam_width": beam})
         small = make_beam_decoder(bundle, lm, head, settings)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from service.bundle import Bundle, SearchTokens, find_bundle, load_bundle
 from service.decoding.beam import BeamDecoder
 from service.decoding.hypothesis import Phrase
+from service.decoding.ngram import load_ngram
 from service.g2p import Pronouncer
 from service.tuning import Item, halves_of, read_items
 from training.arpa import compile_arpa
@@ -78,7 +79,8 @@ def main() -> None:
 def choose_words(bundle: Bundle, items: Sequence[Item], n: int) -> tuple[list[str], list[str]]:
     """Words to boost, and distractors."""
     times = Counter(word for item in items for word in item.reference.split())
-    listed = set(bundle.read_words())
+    assert bundle.ngram is not None
+    listed = set(load_ngram(bundle.ngram).vocabulary)
     draw = random.Random(0)
     rare = sorted(w for w, k in times.items() if k <= 2 and len(w) >= SHORTEST and w in listed)
     others = sorted(w for w in listed - times.keys() if len(w) >= SHORTEST)

@@ -29,9 +29,7 @@ from service.bundle import (
     FORMAT_VERSION,
     G2P_GRAPH,
     LEXICON,
-    LM_BINARY,
     LM_NGRAM,
-    LM_WORDS,
     MODEL_CARD,
     OFFLINE_GRAPH,
     RESCORER_GRAPH,
@@ -43,6 +41,7 @@ from service.bundle import (
     hash_file,
     write_lexicon,
 )
+from service.decoding.ngram import load_ngram
 from service.engine import OnnxEngine, OnnxStreamingEngine
 from service.errors import ExportError
 from service.evaluation import evaluate
@@ -53,7 +52,7 @@ from service.recogniser import DecoderName, Recogniser, load_recogniser
 from training.checkpoint import Checkpoint, load_checkpoint, load_model
 from training.lexicon import load_dictionary, make_lexicon
 from training.model import AcousticModel, Chunking
-from training.ngram import BINARY_NAME, NGRAM_NAME, WORDS_NAME
+from training.ngram import NGRAM_NAME
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +201,7 @@ def _write_pronunciations(work: Path, g2p: Path | None) -> None:
     if g2p is not None:
         pronounce = Pronouncer(g2p).pronounce
         shutil.copy(g2p, work / G2P_GRAPH)
-    words = (work / LM_WORDS).read_text(encoding="utf-8").split()
+    words = load_ngram(work / LM_NGRAM).vocabulary
     lexicon = make_lexicon(words, load_dictionary(), pronounce)
     write_lexicon(lexicon, work / LEXICON)
     logger.info("%d of %d words have pronunciations", len(lexicon), len(words))
@@ -225,14 +224,12 @@ def _read_notes(notes: Path | None) -> str:
 
 
 def _copy_lm(lm: Path, work: Path) -> None:
-    (work / LM_BINARY).parent.mkdir()
-    names = ((NGRAM_NAME, LM_NGRAM), (BINARY_NAME, LM_BINARY), (WORDS_NAME, LM_WORDS))
-    for source, target in names:
-        if not (lm / source).is_file():
-            raise ExportError(
-                f"{lm / source} is missing; name a folder that `voxgate lm build` wrote"
-            )
-        shutil.copy(lm / source, work / target)
+    (work / LM_NGRAM).parent.mkdir()
+    if not (lm / NGRAM_NAME).is_file():
+        raise ExportError(
+            f"{lm / NGRAM_NAME} is missing; name a folder that `voxgate lm build` wrote"
+        )
+    shutil.copy(lm / NGRAM_NAME, work / LM_NGRAM)
 
 
 def _write_description(

@@ -25,8 +25,6 @@ CONFIG_NAME: Final = "config.json"
 OFFLINE_GRAPH: Final = "offline.onnx"
 STREAMING_GRAPH: Final = "streaming.onnx"
 LM_NGRAM: Final = "lm/lm.ngram"
-LM_BINARY: Final = "lm/lm.binary"
-LM_WORDS: Final = "lm/words.txt"
 LEXICON: Final = "lexicon/lexicon.txt"
 G2P_GRAPH: Final = "lexicon/g2p.onnx"
 RESCORER_GRAPH: Final = "rescorer.onnx"
@@ -219,11 +217,6 @@ class Bundle:
         return self._find(LM_NGRAM)
 
     @property
-    def lm_binary(self) -> Path | None:
-        """The KenLM binary that the reference decoder reads, where the bundle has one."""
-        return self._find(LM_BINARY)
-
-    @property
     def g2p_graph(self) -> Path | None:
         """The letters-to-phones graph, where the bundle has one."""
         return self._find(G2P_GRAPH)
@@ -237,12 +230,6 @@ class Bundle:
     def has_lexicon(self) -> bool:
         """Whether words have pronunciations, so that phones can be searched."""
         return LEXICON in self.config.files
-
-    def read_words(self) -> list[str]:
-        """The word list of the KenLM binary; empty where there is none."""
-        if self.lm_binary is None:
-            return []
-        return (self.folder / LM_WORDS).read_text(encoding="utf-8").split()
 
     def read_lexicon(self) -> dict[str, tuple[tuple[str, ...], ...]]:
         """The pronunciations of each word, the usual one first."""
@@ -274,7 +261,7 @@ def load_bundle(folder: Path) -> Bundle:
         BundleError: it is missing, incomplete, altered, or of another format.
     """
     config = read_config(BundleConfig, folder, _KIND)
-    needed = [OFFLINE_GRAPH, STREAMING_GRAPH, *([LM_WORDS] if LM_BINARY in config.files else [])]
+    needed = [OFFLINE_GRAPH, STREAMING_GRAPH]
     if config.decoding.search_tokens == "phones":
         needed += [LEXICON, LM_NGRAM]
     for name in needed:

@@ -32,7 +32,7 @@ from service.decoding.compiled import announce
 from service.decoding.greedy import GreedyDecoder
 from service.decoding.hypothesis import Decoder, Hypothesis, Phrase, Word
 from service.decoding.ngram import NgramModel, load_ngram
-from service.decoding.reference import ReferenceDecoder
+from service.decoding.reference import ReferenceDecoder, load_kenlm
 from service.domain import READINGS, Domain, load_domain
 from service.endpointing import EndpointSettings
 from service.engine import (
@@ -671,7 +671,7 @@ def make_decoders(bundle: Bundle, names: Sequence[DecoderName]) -> dict[DecoderN
         if name == "greedy":
             decoders[name] = GreedyDecoder(bundle.config.tokens)
         elif name == "reference":
-            decoders[name] = _make_reference(bundle)
+            decoders[name] = _make_reference(bundle, lm)
         else:
             if search_tokens not in searches:
                 searches[search_tokens] = make_beam_decoder(
@@ -737,13 +737,12 @@ def _search_tokens(name: DecoderName, bundle: Bundle) -> SearchTokens:
     return "phones" if name == "beam-phones" else "characters"
 
 
-def _make_reference(bundle: Bundle) -> ReferenceDecoder:
-    settings = bundle.config.decoding.reference
+def _make_reference(bundle: Bundle, lm: NgramModel | None) -> ReferenceDecoder:
+    settings = bundle.config.decoding.reference.model_dump()
+    if lm is None:
+        return ReferenceDecoder(bundle.config.tokens, **settings)
     return ReferenceDecoder(
-        bundle.config.tokens,
-        lm_path=bundle.lm_binary,
-        words=bundle.read_words(),
-        **settings.model_dump(),
+        bundle.config.tokens, lm=load_kenlm(lm), words=lm.vocabulary, **settings
     )
 
 

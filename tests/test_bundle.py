@@ -28,8 +28,7 @@ from service.features import FeatureSettings
 _FILES = {
     "offline.onnx": b"a graph" * 100,
     "streaming.onnx": b"another graph" * 100,
-    "lm/lm.binary": b"a language model",
-    "lm/words.txt": b"a\nbad\ncab\n",
+    "lm/lm.ngram": b"a language model",
     "MODEL_CARD.md": b"# tiny\n",
 }
 
@@ -74,7 +73,7 @@ def test_shipped_bundle_is_whole(shipped_bundle: Path) -> None:
     assert loaded.config.name == "en-small"
     assert loaded.offline_graph.is_file()
     assert loaded.streaming_graph.is_file()
-    assert len(loaded.read_words()) > 50_000
+    assert len(loaded.read_lexicon()) > 50_000
     assert sum(p.stat().st_size for p in shipped_bundle.rglob("*")) < 80e6
 
 
@@ -83,8 +82,7 @@ def test_load_bundle_finds_every_part(bundle: Path) -> None:
     assert loaded.folder == bundle
     assert loaded.offline_graph == bundle / "offline.onnx"
     assert loaded.streaming_graph == bundle / "streaming.onnx"
-    assert loaded.lm_binary == bundle / "lm" / "lm.binary"
-    assert loaded.read_words() == ["a", "bad", "cab"]
+    assert loaded.ngram == bundle / "lm" / "lm.ngram"
     assert loaded.config.tokens == ("<blank>", " ", "a")
     assert loaded.config.decoding == DecodingSettings()
     assert loaded.config.profiles["balanced"].window_feature_frames == 48
@@ -96,11 +94,9 @@ def test_bundle_without_a_calibration_has_none(bundle: Path) -> None:
     assert load_bundle(bundle).config.survival == {}
 
 
-def test_bundle_without_a_language_model_has_no_words(bundle: Path) -> None:
-    _change(bundle, lambda c: [c["files"].pop(f"lm/{name}") for name in ("lm.binary", "words.txt")])
-    loaded = load_bundle(bundle)
-    assert loaded.lm_binary is None
-    assert loaded.read_words() == []
+def test_bundle_without_a_language_model_has_none(bundle: Path) -> None:
+    _change(bundle, lambda c: c["files"].pop("lm/lm.ngram"))
+    assert load_bundle(bundle).ngram is None
 
 
 @pytest.mark.parametrize("name", _FILES)
@@ -185,13 +181,6 @@ def test_config_of_a_later_format_is_refused_as_such(bundle: Path) -> None:
     _change(bundle, lambda c: c.update(format_version=4, surprise=True))
     with pytest.raises(BundleError, match="format version 4"):
         load_bundle(bundle)
-
-
-def test_language_model_without_its_words_is_refused(bundle: Path) -> None:
-    _change(bundle, lambda c: c["files"].pop("lm/words.txt"))
-    (bundle / "lm" / "words.txt").unlink()
-    with pytest.raises(BundleError, match=r"lm/words\.txt"):
-        load_bundle(bundle).read_words()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format_version": 1'])

@@ -134,7 +134,7 @@ def unbounded(
     """A search over TOKENS that drops nothing: for a few frames only."""
     return ReferenceDecoder(
         TOKENS,
-        lm_path=lm_path,
+        lm=kenlm.Model(str(lm_path)) if lm_path else None,
         words=words,
         alpha=alpha,
         beta=beta,
@@ -150,7 +150,7 @@ def with_sun_lm(
 ) -> ReferenceDecoder:
     return ReferenceDecoder(
         CHARACTERS,
-        lm_path=path,
+        lm=kenlm.Model(str(path)),
         words=words,
         alpha=alpha,
         beta=0.0,
@@ -418,13 +418,13 @@ def test_beta_favours_more_words_when_large(toy_lm: Path) -> None:
 
 def test_lm_adds_no_word_to_an_emission_of_almost_only_blanks(toy_lm: Path) -> None:
     emission = np.log(np.array([[0.989, 1e-3, 0.009, 1e-3]])).astype(np.float32)
-    decoder = ReferenceDecoder(TOKENS, lm_path=toy_lm, words=["a", "b", "ab"])
+    decoder = ReferenceDecoder(TOKENS, lm=kenlm.Model(str(toy_lm)), words=["a", "b", "ab"])
     assert decoder.decode(emission)[0].text == ""
 
 
 def test_lm_gives_a_trailing_space_no_weight(toy_lm: Path) -> None:
     """A reading is not worse because it was also reached with a space at its end."""
-    decoder = ReferenceDecoder(TOKENS, lm_path=toy_lm, words=["a", "b", "ab"])
+    decoder = ReferenceDecoder(TOKENS, lm=kenlm.Model(str(toy_lm)), words=["a", "b", "ab"])
     clear = decoder.decode(emission_along([A, SPACE, B, BLANK], probability=0.9999))[0]
     emission = emission_along([A, SPACE, B, BLANK], probability=0.9999)
     emission[3, [BLANK, SPACE]] = np.log([0.9, 0.1])
@@ -434,7 +434,7 @@ def test_lm_gives_a_trailing_space_no_weight(toy_lm: Path) -> None:
 
 
 def test_lm_takes_an_emission_of_one_frame_and_of_none(toy_lm: Path) -> None:
-    decoder = ReferenceDecoder(TOKENS, lm_path=toy_lm, words=["a", "b", "ab"])
+    decoder = ReferenceDecoder(TOKENS, lm=kenlm.Model(str(toy_lm)), words=["a", "b", "ab"])
     assert decoder.decode(np.zeros((0, 4), np.float32)) == [Hypothesis(words=(), score=0.0)]
     (hypothesis,) = decoder.decode(emission_along([A], probability=0.99))
     (word,) = hypothesis.words
@@ -445,7 +445,7 @@ def test_lm_takes_an_emission_of_one_frame_and_of_none(toy_lm: Path) -> None:
 def test_lm_of_one_decoder_leaves_another_alone(toy_lm: Path, sun_lm: Path) -> None:
     emission = sun_or_son(0.45)
     first = with_sun_lm(sun_lm)
-    ReferenceDecoder(TOKENS, lm_path=toy_lm, words=["a"])
+    ReferenceDecoder(TOKENS, lm=kenlm.Model(str(toy_lm)), words=["a"])
     plain = ReferenceDecoder(CHARACTERS)
     assert first.decode(emission)[0].text == "sun"
     assert plain.decode(emission)[0].text == "son"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from service.decoding.ngram import load_ngram
+from service.decoding.reference import load_kenlm
 from service.errors import InputError
 from training.arpa import compile_arpa
 from training.ngram import build_ngram
@@ -93,6 +94,25 @@ def test_quantised_scores_are_close(text: Path, tmp_path: Path) -> None:
     )
     assert 0 < np.abs(differences).max() < 0.2
     assert np.abs(differences).mean() < 0.02
+
+
+@pytest.mark.parametrize("order", [2, 4])
+@pytest.mark.parametrize("quantise", [False, True])
+def test_model_written_as_text_scores_the_same(
+    text: Path, tmp_path: Path, order: int, quantise: bool
+) -> None:
+    build_ngram([text], tmp_path / "lm", order=order, prune=(0, 0, 1), keep_arpa=True)
+    model = compile_arpa(tmp_path / "lm" / "lm.arpa.gz", quantise=quantise)
+    model.save_arpa(tmp_path / "again.arpa")
+    again, theirs = compile_arpa(tmp_path / "again.arpa"), load_kenlm(model)
+    assert again.words == model.words
+    assert again.tables.order_start.tolist() == model.tables.order_start.tolist()
+    assert set(model.vocabulary) == set(model.words) - {"<unk>", "<s>", "</s>"}
+    for sentence in _sentences(3, 60):
+        expected = model.score(sentence.split())
+        np.testing.assert_allclose(again.score(sentence.split()), expected, atol=1e-4)
+        found = [score for score, _, _ in theirs.full_scores(sentence)]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("packed", ["plain", "gz", "xz"])

@@ -11,9 +11,10 @@ Back-off follows Katz as ARPA files define it; scores are base 10 logarithms.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -95,6 +96,12 @@ class NgramModel:
         """Number of the word that stands for all others."""
         return self.word_ids[UNKNOWN]
 
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words that can be said: without `<unk>`, `<s>` and `</s>`."""
+        marks = {UNKNOWN, SENTENCE_START, SENTENCE_END}
+        return tuple(word for word in self.words if word not in marks)
+
     def start_state(self) -> IntArray:
         """The nodes of a sentence's beginning, int32, (order − 1,), −1 where there is none."""
         state = np.full(max(1, self.tables.order - 1), -1, np.int32)
@@ -111,10 +118,54 @@ class NgramModel:
 
     def unigram_log_probs(self) -> FloatArray:
         """Base 10 log probability of each word without context, float32, (n_words,)."""
-        tables, n_words = self.tables, self.tables.n_words
+        return self._log_probs(1)
+
+    def save_arpa(self, path: Path) -> None:
+        """Write the model as text, for tools that do not read this form."""
+        tables = self.tables
+        last_words = np.zeros((len(tables.last_word) // 3, 4), np.uint8)
+        last_words[:, :3] = tables.last_word.reshape(-1, 3)
+        following = last_words.view("<u4").ravel()
+        with path.open("w", encoding="utf-8") as file:
+            file.write("\\data\\\n")
+            for order, n in enumerate(np.diff(tables.order_start), start=1):
+                file.write(f"ngram {order}={n}\n")
+            ngrams: Sequence[str] = self.words
+            for order in range(1, tables.order + 1):
+                begin = tables.order_start[order - 1]
+                file.write(f"\n\\{order}-grams:\n")
+                if order > 1:
+                    words = (self.words[i] for i in following[begin - tables.n_words :])
+                    shorter = _parents(tables, order)
+                    ngrams = [
+                        f"{ngrams[parent]} {word}"
+                        for parent, word in zip(shorter, words, strict=False)
+                    ]
+                values = [f"{value:.6g}" for value in self._log_probs(order)]
+                if order == 1:
+                    values[self.word_ids[SENTENCE_START]] = "-99"
+                rows: Iterable[str] = map("\t".join, zip(values, ngrams, strict=True))
+                if order < tables.order:
+                    backoffs = self._backoffs(order)
+                    rows = (f"{row}\t{b:.6g}" for row, b in zip(rows, backoffs, strict=True))
+                file.writelines(f"{row}\n" for row in rows)
+            file.write("\n\\end\\\n")
+
+    def _log_probs(self, order: int) -> FloatArray:
+        """Base 10 log probability of each n-gram of an order."""
+        tables = self.tables
+        nodes = slice(*tables.order_start[order - 1 : order + 1])
         if len(tables.log_probs):
-            return tables.log_probs[:n_words]
-        return tables.log_prob_table[0][tables.log_prob_codes[:n_words]]
+            return tables.log_probs[nodes]
+        return tables.log_prob_table[order - 1][tables.log_prob_codes[nodes]]
+
+    def _backoffs(self, order: int) -> FloatArray:
+        """Base 10 back-off of each n-gram of an order below the highest."""
+        tables = self.tables
+        nodes = slice(*tables.order_start[order - 1 : order + 1])
+        if len(tables.backoffs):
+            return tables.backoffs[nodes]
+        return tables.backoff_table[order - 1][tables.backoff_codes[nodes]]
 
     def save(self, path: Path) -> None:
         """Write the file that `load_ngram` maps."""
@@ -188,6 +239,14 @@ def _describe_foreign(path: Path, start: bytes) -> str:
         f"{path} is no compiled language model, it begins with {start[:8]!r}; "
         "build one with `voxgate lm build`"
     )
+
+
+def _parents(lm: NgramTables, order: int) -> Iterator[int]:
+    """Place among the n-grams one shorter of the beginning of each n-gram of an order above 1."""
+    begin, end = lm.order_start[order - 2 : order]
+    for node in range(begin, end):
+        first, last = child_range(lm, node)
+        yield from repeat(node - begin, last - first)
 
 
 @compiled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pyctcdecode.decoder import BeamSearchDecoderCTC, OutputBeam
 from pyctcdecode.language_model import LOG_BASE_CHANGE_FACTOR, LanguageModel
 
 from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Search, Word
+from service.decoding.ngram import NgramModel
 from service.errors import RequestError
 from service.text import BLANK_TOKEN
 
@@ -36,6 +38,14 @@ class _LanguageModel(LanguageModel):  # type: ignore[misc]  # pyctcdecode is not
         return self.alpha * end_score * LOG_BASE_CHANGE_FACTOR, prev_state
 
 
+def load_kenlm(lm: NgramModel) -> kenlm.Model:
+    """The same model in KenLM's hands; reading the text takes some seconds a million n-grams."""
+    with tempfile.TemporaryDirectory() as folder:
+        arpa = Path(folder) / "lm.arpa"
+        lm.save_arpa(arpa)
+        return kenlm.Model(str(arpa))
+
+
 class ReferenceDecoder:
     """CTC prefix beam search with shallow fusion."""
 
@@ -43,7 +53,7 @@ class ReferenceDecoder:
         self,
         tokens: Sequence[str],
         *,
-        lm_path: Path | None = None,
+        lm: kenlm.Model | None = None,
         words: Sequence[str] = (),
         beam_width: int = 100,
         alpha: float = 0.5,
@@ -56,8 +66,8 @@ class ReferenceDecoder:
 
         Args:
             tokens: token list, blank first.
-            lm_path: KenLM binary; None searches without a language model.
-            words: the word list of the language model (a binary does not hold it).
+            lm: word language model; None searches without one.
+            words: its word list, which KenLM does not tell.
             beam_width: hypotheses kept after each frame.
             alpha: weight of the language model's log probability.
             beta: added for each word.
@@ -67,9 +77,9 @@ class ReferenceDecoder:
         """
         labels = ["" if token == BLANK_TOKEN else token for token in tokens]
         language_model = None
-        if lm_path is not None:
+        if lm is not None:
             language_model = _LanguageModel(
-                kenlm.Model(str(lm_path)),
+                lm,
                 unigrams=words,
                 alpha=alpha,
                 beta=beta,
