@@ -430,3 +430,15 @@ def test_added_layers_change_nothing_and_learn(cell: Cell, bidirectional: bool) 
 def test_adopt_refuses_another_width() -> None:
     with pytest.raises(RuntimeError, match="size mismatch"):
         make_model(n_layers=3).adopt(make_model(hidden_size=12).state_dict())
+
+
+@pytest.mark.parametrize("chunking", [None, Chunking(3, 2)])
+def test_model_without_skips_hears_through_its_layers_alone(chunking: Chunking | None) -> None:
+    model = make_model(skip=False).eval()
+    lengths = torch.tensor([40, 31])
+    first, second = torch.randn(2, 40, N_MELS), torch.randn(2, 40, N_MELS)
+    assert not torch.equal(model(first, lengths, chunking)[0], model(second, lengths, chunking)[0])
+    last = model.layers[-1]
+    assert isinstance(last, RecurrentLayer)
+    last.silence()
+    assert torch.equal(model(first, lengths, chunking)[0], model(second, lengths, chunking)[0])

@@ -78,6 +78,8 @@ class ModelSettings(Settings):
     """Channels of the two convolutions."""
     dropout: float = Field(default=0.2, ge=0, lt=1)
     """Dropout on the output of every layer."""
+    skip: bool = True
+    """Whether what goes into a layer is added to what comes out."""
 
 
 class StreamingSettings(Settings):

@@ -75,9 +75,11 @@ class AcousticModel(nn.Module):
         subsampling: int = 4,
         n_channels: int = 32,
         dropout: float = 0.2,
+        skip: bool = True,
     ) -> None:
         super().__init__()
         self.bidirectional = bidirectional
+        self.skip = skip
         width = hidden_size * (2 if bidirectional else 1)
         self.register_buffer("feature_mean", torch.zeros(n_mels))
         self.register_buffer("feature_std", torch.ones(n_mels))
@@ -138,7 +140,7 @@ class AcousticModel(nn.Module):
         states = []
         for layer, before in zip(self._stack, state.recurrent.unbind(1), strict=True):
             y, edge = layer.read_windows(x, reverse, n_chunk, state=_split_state(before))
-            x = x + y
+            x = x + y if self.skip else y
             states.append(_join_state(edge))
         token_logits, phone_logits = self._apply_heads(x)
         return (
@@ -199,7 +201,8 @@ class AcousticModel(nn.Module):
         """Every layer over whole utterances: (batch, frames, width) → the same."""
         reverse = reversal_index(lengths, x.shape[1])
         for layer in self.layers:
-            x = x + self.dropout(layer(x, reverse))
+            y = self.dropout(layer(x, reverse))
+            x = x + y if self.skip else y
         return x
 
     def _read(self, x: Tensor, lengths: Tensor, chunking: Chunking) -> Tensor:
@@ -216,7 +219,7 @@ class AcousticModel(nn.Module):
         reverse = reversal_index(window_lengths, n_chunk + n_right)
         for layer in self._stack:
             y, _ = layer.read_windows(x, reverse, n_chunk, n_windows=n_windows)
-            x = x + self.dropout(y)
+            x = x + self.dropout(y) if self.skip else self.dropout(y)
         return x[:, :n_chunk].reshape(batch_size, n_windows * n_chunk, width)[:, :n_frames]
 
 

@@ -38,7 +38,12 @@ from training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from training.config import AugmentSettings, StreamingSettings, TrainingSettings
+from training.config import (
+    AugmentSettings,
+    ModelSettings,
+    StreamingSettings,
+    TrainingSettings,
+)
 from training.crf import estimate_trigram
 from training.data import Batch, BatchStream, Labels, load_batches, make_labels, read_cuts
 from training.distributed import World, join_world
@@ -361,7 +366,7 @@ class _Run:
                 (self.directory / "settings.json").write_text(json.dumps(plain, indent=2) + "\n")
             return Progress()
         checkpoint = load_checkpoint(path)
-        if checkpoint.settings["model"] != plain["model"]:
+        if ModelSettings.model_validate(checkpoint.settings["model"]) != self.settings.model:
             raise TrainingError(
                 f"{self.directory} holds a run of another model; "
                 "choose another run.directory or delete it"
