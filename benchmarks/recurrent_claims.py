@@ -211,9 +211,8 @@ def show_clipping(plan: Plan, axis: plt.Axes, *, n_seeds: int) -> None:
 
 def show_reach(plan: Plan, axis: plt.Axes) -> None:
     """The gradient of the last output by the inputs before it."""
-    print(
-        "| cell | weights | 1 frame | 10 | 30 | 60 | 100 |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| cell | weights | 1 frame | 10 | 30 | 60 | 99 |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for cell in ("rnn", "lstm"):
         model = {"cell": cell, "bidirectional": False, "n_layers": 2}
         variant = Variant("reach", cell, model, {})

@@ -15,7 +15,7 @@ from training.data import Labels
 from training.distributed import World
 from training.lexicon import PHONES, find_variants
 from training.pronunciations import Variants, choose_pronunciations, replace_phones
-from training.train import _Run
+from training.train import TrainingRun
 
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 _AH, _EY = PHONES.index("AH"), PHONES.index("EY")  # how "a" is said
@@ -81,9 +81,9 @@ def test_run_trains_on_what_was_said(corpus: TinyCorpus, tmp_path: Path) -> None
     model = make_model(seed=3, n_layers=1, hidden_size=32)
     model.phone_head.bias.data[_EY] = 20.0  # it hears this everywhere
     save_weights(make_checkpoint(model, make_settings(corpus, tmp_path / "old")), aligner)
-    plain = _Run(make_settings(corpus, tmp_path / "plain"), _ALONE)
+    plain = TrainingRun(make_settings(corpus, tmp_path / "plain"), _ALONE)
     settings = make_settings(corpus, tmp_path / "run", f'data.aligner="{aligner}"')
-    aligned = _Run(settings, _ALONE)
+    aligned = TrainingRun(settings, _ALONE)
     assert set(plain.corpus.labels) == set(aligned.corpus.labels)
     changed = [
         (before.phones, aligned.corpus.labels[i].phones)
@@ -97,4 +97,6 @@ def test_run_trains_on_what_was_said(corpus: TinyCorpus, tmp_path: Path) -> None
             _AH if phone == _EY else phone for phone in before
         ]
     aligner.unlink()
-    assert _Run(settings, _ALONE).corpus.labels == aligned.corpus.labels  # it was written down
+    assert (
+        TrainingRun(settings, _ALONE).corpus.labels == aligned.corpus.labels
+    )  # it was written down

@@ -47,7 +47,7 @@ from training.loss import Losses, compute_losses
 from training.model import Chunking
 from training.precision import choose_precision
 from training.schedule import learning_rate
-from training.train import _Run, draw_chunking, train
+from training.train import TrainingRun, draw_chunking, train
 
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 _RANDOM = (
@@ -78,18 +78,18 @@ def _own_signal_handlers() -> Iterator[None]:
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
     """Send this process SIGTERM when a run has made its `n_steps`th step."""
-    step = _Run._step
+    step = TrainingRun.step
 
-    def stopping_step(run: _Run, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
+    def stopping_step(run: TrainingRun, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
         result = step(run, batch, n_batches=n_batches)
         if run.progress.step + 1 == n_steps:
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    monkeypatch.setattr(_Run, "_step", stopping_step)
+    monkeypatch.setattr(TrainingRun, "step", stopping_step)
 
 
-def _all_utterances(run: _Run) -> Batch:
+def _all_utterances(run: TrainingRun) -> Batch:
     labels = run.corpus.labels
     ids = sorted(labels)
     features = [run.corpus.stores[0].load(i) for i in ids]
@@ -123,12 +123,12 @@ def test_steps_overfit_one_batch_to_zero_errors(corpus: TinyCorpus, tmp_path: Pa
     settings = make_settings(
         corpus, tmp_path / "run", "optimiser.n_epochs=1", "optimiser.learning_rate=0.02"
     )
-    run = _Run(settings, _ALONE)
+    run = TrainingRun(settings, _ALONE)
     batch = _all_utterances(run)
-    first, _ = run._step(batch, n_batches=n_steps)
+    first, _ = run.step(batch, n_batches=n_steps)
     for step in range(1, n_steps):
         run.progress = replace(run.progress, batch=step, step=step)
-        last, _ = run._step(batch, n_batches=n_steps)
+        last, _ = run.step(batch, n_batches=n_steps)
     assert last.combine(0.5).item() < 0.05 * first.combine(0.5).item()
 
     model = run.averaged.module
@@ -211,7 +211,7 @@ def test_train_by_crf_in_noise_learns_to_understand_an_unknown_speaker(
     train(settings)
     (row,) = _read_rows(tmp_path / "run")
     assert row["total"]["cer"] < 0.05
-    run = _Run(settings, _ALONE)
+    run = TrainingRun(settings, _ALONE)
     batch = _all_utterances(run)
     model = run.averaged.module.eval()
     _, phone_logits, lengths = model(batch.features, batch.feature_lengths)
@@ -230,8 +230,8 @@ def test_words_that_the_dictionary_lacks_are_said_by_the_graph(
     manifest = write_manifest(tmp_path / "more.jsonl", rows)
     more = f'data.train=["{corpus.train}", "{manifest}"]'
     graph = f'data.g2p="{shipped_bundle / "lexicon" / "g2p.onnx"}"'
-    without = _Run(make_settings(corpus, tmp_path / "without", more), _ALONE)
-    said = _Run(make_settings(corpus, tmp_path / "said", more, graph), _ALONE)
+    without = TrainingRun(make_settings(corpus, tmp_path / "without", more), _ALONE)
+    said = TrainingRun(make_settings(corpus, tmp_path / "said", more, graph), _ALONE)
     spelled = tuple(encode("dabcade", CHARACTERS))
     name = next(i for i, labels in said.corpus.labels.items() if labels.tokens == spelled)
     assert without.corpus.labels[name].phones == ()
@@ -385,7 +385,7 @@ def test_run_starts_from_the_weights_of_an_initial_checkpoint(
     model.feature_mean.fill_(-5.0)
     initial = tmp_path / "initial.pt"
     save_weights(make_checkpoint(model, make_settings(corpus, tmp_path / "old")), initial)
-    run = _Run(
+    run = TrainingRun(
         make_settings(corpus, tmp_path / "run", f'run.initial_checkpoint="{initial}"'),
         _ALONE,
     )
@@ -405,11 +405,11 @@ def test_run_refuses_an_initial_checkpoint_of_another_model(
         corpus, tmp_path / "run", f'run.initial_checkpoint="{tmp_path / "initial.pt"}"'
     )
     with pytest.raises(TrainingError, match=r"initial\.pt"):
-        _Run(settings, _ALONE)
+        TrainingRun(settings, _ALONE)
 
 
 def test_new_run_knows_the_statistics_of_its_features(corpus: TinyCorpus, tmp_path: Path) -> None:
-    run = _Run(make_settings(corpus, tmp_path / "run"), _ALONE)
+    run = TrainingRun(make_settings(corpus, tmp_path / "run"), _ALONE)
     store = run.corpus.stores[0]
     frames = torch.cat([store.load(i) for i in run.corpus.labels])
     torch.testing.assert_close(run.model.feature_mean, frames.mean(dim=0), atol=1e-4, rtol=0)
@@ -420,60 +420,60 @@ def test_new_run_knows_the_statistics_of_its_features(corpus: TinyCorpus, tmp_pa
 
 
 @pytest.fixture
-def run(corpus: TinyCorpus, tmp_path: Path) -> _Run:
-    return _Run(make_settings(corpus, tmp_path / "run", "optimiser.clip_norm=0.01"), _ALONE)
+def run(corpus: TinyCorpus, tmp_path: Path) -> TrainingRun:
+    return TrainingRun(make_settings(corpus, tmp_path / "run", "optimiser.clip_norm=0.01"), _ALONE)
 
 
-def _gradient_norm(run: _Run) -> float:
+def _gradient_norm(run: TrainingRun) -> float:
     gradients = [p.grad.flatten() for p in run.model.parameters() if p.grad is not None]
     return float(torch.cat(gradients).norm())
 
 
-def test_step_clips_the_gradient(run: _Run) -> None:
-    _, norm = run._step(_all_utterances(run), n_batches=1)
+def test_step_clips_the_gradient(run: TrainingRun) -> None:
+    _, norm = run.step(_all_utterances(run), n_batches=1)
     assert norm > 0.1
     assert _gradient_norm(run) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_step_takes_the_rate_of_the_schedule(run: _Run) -> None:
+def test_step_takes_the_rate_of_the_schedule(run: TrainingRun) -> None:
     options = run.settings.optimiser
     run.progress = Progress(epoch=1, batch=3, step=50)  # of two passes of six batches
-    run._step(_all_utterances(run), n_batches=6)
+    run.step(_all_utterances(run), n_batches=6)
     expected = options.final_learning_rate + (
         options.learning_rate - options.final_learning_rate
     ) * 0.5 * (1 + math.cos(math.pi * 0.75))
     assert [group["lr"] for group in run.optimiser.param_groups] == pytest.approx([expected] * 2)
 
 
-def test_step_averages_the_weights(run: _Run) -> None:
+def test_step_averages_the_weights(run: TrainingRun) -> None:
     batch = _all_utterances(run)
     averaged = dict(run.averaged.module.named_parameters())
-    run._step(batch, n_batches=1)
+    run.step(batch, n_batches=1)
     first = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     _assert_same({n: p.data for n, p in averaged.items()}, first)
-    run._step(batch, n_batches=1)
+    run.step(batch, n_batches=1)
     for name, parameter in run.model.named_parameters():
         expected = 0.5 * first[name] + 0.5 * parameter
         torch.testing.assert_close(averaged[name], expected, msg=name)
         assert not torch.equal(first[name], parameter), name
 
 
-def test_step_without_a_finite_gradient_is_left_out(run: _Run) -> None:
+def test_step_without_a_finite_gradient_is_left_out(run: TrainingRun) -> None:
     batch = _all_utterances(run)
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     averaged = {name: value.clone() for name, value in run.averaged.state_dict().items()}
     broken = replace(batch, features=torch.full_like(batch.features, float("inf")))
-    _, norm = run._step(broken, n_batches=1)
+    _, norm = run.step(broken, n_batches=1)
     assert not math.isfinite(norm)
     _assert_same(dict(run.model.state_dict()), before)
     _assert_same(dict(run.averaged.state_dict()), averaged)
     assert run.optimiser.state_dict()["state"] == {}
-    _, norm = run._step(batch, n_batches=1)
+    _, norm = run.step(batch, n_batches=1)
     assert math.isfinite(norm)
     assert not torch.equal(run.model.token_head.weight, before["token_head.weight"])
 
 
-def test_weight_decay_acts_on_matrices_only(run: _Run) -> None:
+def test_weight_decay_acts_on_matrices_only(run: TrainingRun) -> None:
     names = {id(p): (name, p.dim()) for name, p in run.model.named_parameters()}
     decayed, others = (
         [names[id(p)] for p in group["params"]] for group in run.optimiser.param_groups
@@ -510,12 +510,12 @@ def test_draw_chunking_with_the_whole_share_is_always_one_of_the_chunkings() -> 
     assert drawn == {Chunking(8, 8), Chunking(16, 8), Chunking(8, 4)}
 
 
-def test_steps_read_batches_as_drawn(run: _Run) -> None:
+def test_steps_read_batches_as_drawn(run: TrainingRun) -> None:
     batch, read = _all_utterances(run), []
     run.model.register_forward_pre_hook(lambda _, arguments: read.append(arguments[2]))
     for step in (0, 1, 2, 3, 4, 5, 6, 7, 5, 2):
         run.progress = replace(run.progress, step=step)
-        run._step(batch, n_batches=8)
+        run.step(batch, n_batches=8)
     assert None in read
     assert set(read[:8]) & {Chunking(*c) for c in run.settings.streaming.chunkings}
     assert read[8:] == [read[5], read[2]]
@@ -529,7 +529,7 @@ def test_run_without_a_share_is_evaluated_with_full_context_only(
     assert set(row) == {"epoch", "audio_h", "tones", "total"}
 
 
-def test_transcripts_depend_on_the_chunking(run: _Run) -> None:
+def test_transcripts_depend_on_the_chunking(run: TrainingRun) -> None:
     batch = _all_utterances(run)
     read = [
         greedy_transcripts(run.model, [batch], tokens=CHARACTERS, world=_ALONE, chunking=chunking)
@@ -562,7 +562,7 @@ def test_two_processes_train_as_one_on_both_batches(corpus: TinyCorpus, tmp_path
     both = load_checkpoint(tmp_path / "run" / "last.pt")
     assert both.optimiser is not None
 
-    alone = _Run(make_settings(corpus, tmp_path / "alone", *overrides), _ALONE)
+    alone = TrainingRun(make_settings(corpus, tmp_path / "alone", *overrides), _ALONE)
     streams = [_stream_rank(alone, rank) for rank in range(2)]
     n_steps = len(streams[0].plan())
     labels, store = alone.corpus.labels, alone.corpus.stores[0]
@@ -570,7 +570,7 @@ def test_two_processes_train_as_one_on_both_batches(corpus: TinyCorpus, tmp_path
         ids = [i for batch in batches for i in batch]
         union = collate(ids, [store.load(i) for i in ids], [labels[i] for i in ids])
         alone.progress = replace(alone.progress, batch=step, step=step)
-        alone._step(union, n_batches=n_steps)
+        alone.step(union, n_batches=n_steps)
     assert both.progress.step == n_steps > 2
     expected = alone.optimiser.state_dict()["state"]
     for i, state in both.optimiser["state"].items():
@@ -579,7 +579,7 @@ def test_two_processes_train_as_one_on_both_batches(corpus: TinyCorpus, tmp_path
         )
 
 
-def _stream_rank(run: _Run, rank: int) -> BatchStream:
+def _stream_rank(run: TrainingRun, rank: int) -> BatchStream:
     return BatchStream(
         run.corpus.cuts,
         run.corpus.labels,

@@ -79,7 +79,7 @@ def train(settings: TrainingSettings) -> Progress:
     with join_world() as world:
         if settings.run.n_threads:
             torch.set_num_threads(settings.run.n_threads)
-        return _Run(settings, world).train()
+        return TrainingRun(settings, world).train()
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,11 @@ class _Corpus:
         return sum(durations_s) / 3600
 
 
-class _Run:
+class TrainingRun:
+    """One run in its folder."""
+
     def __init__(self, settings: TrainingSettings, world: World) -> None:
+        """Prepare the data and the model, or go on with those of the folder."""
         self.settings = settings
         self.world = world
         self.directory = settings.run.directory
@@ -123,6 +126,7 @@ class _Run:
         self.stop = threading.Event()
 
     def train(self) -> Progress:
+        """Make the steps that are left; see `train`."""
         options = self.settings.optimiser
         writer = SummaryWriter(str(self.directory)) if self.world.is_main else None
         for sign in (signal.SIGTERM, signal.SIGINT):
@@ -134,13 +138,13 @@ class _Run:
         )
         last_saved = time.monotonic()
         while self.progress.epoch < options.n_epochs:
-            stream = self._stream(first_batch=self.progress.batch)
+            stream = self.open_stream(first_batch=self.progress.batch)
             n_batches = len(stream.plan())
             meter = _Meter(n_batches=n_batches, n_epochs=options.n_epochs)
             with load_batches(stream) as batches:
                 for batch in batches:
-                    losses, norm = self._step(batch, n_batches=n_batches)
-                    audio_s = float(batch.feature_lengths.sum()) * self._frame_s * self.world.size
+                    losses, norm = self.step(batch, n_batches=n_batches)
+                    audio_s = float(batch.feature_lengths.sum()) * self.frame_s * self.world.size
                     self.progress = replace(
                         self.progress,
                         batch=self.progress.batch + 1,
@@ -163,7 +167,7 @@ class _Run:
             self._save("last.pt")
         return self.progress
 
-    def _step(self, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
+    def step(self, batch: Batch, *, n_batches: int) -> tuple[Losses, float]:
         """One optimiser step on this process's batch; gradients are averaged over processes."""
         options = self.settings.optimiser
         done = self.progress.epoch + self.progress.batch / n_batches
@@ -278,7 +282,7 @@ class _Run:
             tokens=CHARACTERS,
             dictionary=self._pronounce_words(cuts),
             subsampling=self.settings.model.subsampling,
-            frames_per_s=1 / self._frame_s,
+            frames_per_s=1 / self.frame_s,
             fastest=max(data.speeds) if is_train else 1.0,
             shortest_s=data.shortest_s if is_train else 0.0,
             longest_s=data.longest_s if is_train else float("inf"),
@@ -394,7 +398,8 @@ class _Run:
         )
         save_checkpoint(checkpoint, self.directory / name)
 
-    def _stream(self, *, first_batch: int) -> BatchStream:
+    def open_stream(self, *, first_batch: int) -> BatchStream:
+        """The training batches of this pass, from one of them on."""
         options = self.settings.optimiser
         return BatchStream(
             self.corpus.cuts,
@@ -410,7 +415,7 @@ class _Run:
         )
 
     def _choose_precision(self) -> torch.dtype:
-        batch = next(iter(self._stream(first_batch=0)))
+        batch = next(iter(self.open_stream(first_batch=0)))
         self.model.train()
 
         def step(dtype: torch.dtype) -> None:
@@ -437,7 +442,8 @@ class _Run:
             logger.info(message)
 
     @property
-    def _frame_s(self) -> float:
+    def frame_s(self) -> float:
+        """Seconds of a feature frame."""
         return self.settings.features.hop_ms / 1000
 
 
