@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from pathlib import Path
 from typing import Final
 
@@ -12,10 +11,10 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
+from export.tracing import trace
 from service.engine import INPUTS, OUTPUTS, STREAMING_INPUTS, STREAMING_OUTPUTS
 from training.model import AcousticModel, Chunking, StreamState
 
-_OPSET: Final = 17
 _EXAMPLE_FRAMES: Final = 200
 _EXAMPLE_CHUNK: Final = 5
 _EXAMPLE_RIGHT: Final = 3
@@ -81,24 +80,12 @@ def _export(
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
 ) -> None:
-    """Trace and write a graph (the TorchScript path)."""
+    """Trace and write a graph."""
     free = {name: {0: "batch"} for name in (*inputs, *outputs) if name != "n_chunk_frames"}
     free["features"][1] = "time"
     for name in OUTPUTS[:2]:
         free[name][1] = "frames"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own age and of free batches
-        torch.onnx.export(
-            module.eval(),
-            example,
-            str(path),
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_axes=free,
-            opset_version=_OPSET,
-            dynamo=False,
-        )
-    onnx.checker.check_model(str(path))
+    trace(module, example, path, inputs=inputs, outputs=outputs, free=free)
 
 
 def quantise_graph(source: Path, target: Path) -> None:

@@ -7,9 +7,8 @@ own scale, so that the other nodes of a run change nothing.
 
 from __future__ import annotations
 
-import tempfile
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -20,7 +19,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from service.errors import ExportError
+from export.tracing import Difference, trace, write_checked
 from service.rescorer import BOUNDARY_ID, RESCORER_INPUTS, RESCORER_OUTPUT, Pieces, Rescorer
 from training.rnn_lm import Cell, LanguageModel, load_language_model
 
@@ -29,7 +28,6 @@ LARGEST_DIFFERENCE: Final = 1e-3
 LARGEST_INT8_DIFFERENCE: Final = 0.1
 """Largest mean difference of a piece's log probability between torch and an int8 graph."""
 
-_OPSET: Final = 17
 _N_CHECKED: Final = 24
 _CHECKED_TOKENS: Final = 20
 _Array = npt.NDArray[Any]
@@ -127,15 +125,14 @@ def export_rescorer(checkpoint: Path, graph: Path, *, int8: bool = True) -> None
         ExportError: the graph does not compute what the model computes.
     """
     model, pieces = load_language_model(checkpoint)
-    graph.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=graph.parent, prefix=".export-") as folder:
-        written = Path(folder) / graph.name
-        _write_graph(RescorerStep(model).eval(), pieces, written)
-        _check_graph(model, pieces, written, largest=LARGEST_DIFFERENCE)
-        if int8:
-            quantise_products(written)
-            _check_graph(model, pieces, written, mean=LARGEST_INT8_DIFFERENCE)
-        written.replace(graph)
+    write_checked(
+        graph,
+        partial(_write_graph, RescorerStep(model), pieces),
+        partial(_measure_graph, model),
+        largest=LARGEST_DIFFERENCE,
+        compress=quantise_products if int8 else None,
+        mean=LARGEST_INT8_DIFFERENCE,
+    )
 
 
 def quantise_products(path: Path) -> None:
@@ -218,7 +215,7 @@ def _multiply_int8(node: onnx.NodeProto, matrix: str) -> list[onnx.NodeProto]:
 
 
 def _write_graph(step: RescorerStep, pieces: Pieces, path: Path) -> None:
-    """Trace a step (the TorchScript path); the numbers of nodes and edges are free."""
+    """Trace a step; the numbers of nodes and edges are free."""
     names = [name for name, _ in step.states]
     inputs = [*RESCORER_INPUTS, *names]
     outputs = [RESCORER_OUTPUT, *(f"next_{name}" for name in names)]
@@ -227,45 +224,29 @@ def _write_graph(step: RescorerStep, pieces: Pieces, path: Path) -> None:
     free = {"tokens": "node", "parents": "node", "rows": "edge", "wanted": "edge"}
     free |= {RESCORER_OUTPUT: "edge"}
     free |= dict.fromkeys(names, "parent") | {f"next_{name}": "node" for name in names}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own age and of free sizes
-        torch.onnx.export(
-            step,
-            (*ids, *states),
-            str(path),
-            input_names=inputs,
-            output_names=outputs,
-            dynamic_axes={name: {0: axis} for name, axis in free.items()},
-            opset_version=_OPSET,
-            dynamo=False,
-        )
-    graph = onnx.load(str(path))
-    onnx.helper.set_model_props(graph, pieces.to_metadata())
-    onnx.checker.check_model(graph)
-    onnx.save(graph, str(path))
+    trace(
+        step,
+        (*ids, *states),
+        path,
+        inputs=inputs,
+        outputs=outputs,
+        free={name: {0: axis} for name, axis in free.items()},
+        metadata=pieces.to_metadata(),
+    )
 
 
-def _check_graph(
-    model: LanguageModel,
-    pieces: Pieces,
-    path: Path,
-    *,
-    largest: float = np.inf,
-    mean: float = np.inf,
-) -> None:
-    """Compare a graph with torch on sentences that the model itself makes up."""
+def _measure_graph(model: LanguageModel, path: Path) -> Difference:
+    """Compare a graph with torch on sentences that the model itself makes up.
+
+    Returns:
+        The largest difference of a sentence's log probability, and the mean a piece.
+    """
     sentences = _sample(model, n_sentences=_N_CHECKED, n_tokens=_CHECKED_TOKENS)
     expected = _score_tokens(model, sentences)
     actual = Rescorer(path).score_tokens(sentences)
     lengths = np.array([len(sentence) for sentence in sentences])
     differences = np.abs(actual - expected)
-    found = (float(differences.max()), float((differences / lengths).mean()))
-    if not (found[0] <= largest and found[1] <= mean):
-        raise ExportError(
-            f"the graph differs from the model: log probabilities of {len(pieces.names)} pieces by "
-            f"up to {found[0]:.2g} a sentence, {found[1]:.2g} a piece on average; nothing was "
-            "written; report it with the checkpoint"
-        )
+    return Difference(float(differences.max()), float((differences / lengths).mean()))
 
 
 def _sample(model: LanguageModel, *, n_sentences: int, n_tokens: int) -> list[list[int]]:
