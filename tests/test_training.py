@@ -47,6 +47,7 @@ from training.loss import Losses, compute_losses
 from training.model import Chunking
 from training.precision import choose_precision
 from training.schedule import learning_rate
+from training.tasks import run_task
 from training.train import TrainingRun, draw_chunking, train
 
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -392,6 +393,28 @@ def test_run_starts_from_the_weights_of_an_initial_checkpoint(
     _assert_same(dict(run.model.state_dict()), load_checkpoint(initial).averaged)
     _assert_same(dict(run.averaged.module.state_dict()), load_checkpoint(initial).averaged)
     assert run.progress == Progress()
+
+
+def test_fine_tuning_takes_the_shape_of_its_checkpoint(corpus: TinyCorpus, tmp_path: Path) -> None:
+    model = make_model(n_layers=1, hidden_size=24, cell="gru")
+    old = make_settings(
+        corpus, tmp_path / "old", "model.cell=gru", "model.n_layers=1", "model.hidden_size=24"
+    )
+    initial = tmp_path / "initial.pt"
+    save_weights(make_checkpoint(model, old), initial)
+    recipe = tmp_path / "fine-tune.toml"
+    recipe.write_text(
+        f'[data]\ntrain = ["{corpus.train}"]\ndev = ["{corpus.dev}"]\n'
+        f'cache = "{tmp_path / "features"}"\n'
+        f"[optimiser]\nn_epochs = 1\n"
+        f'[run]\ndirectory = "{tmp_path / "run"}"\ninitial_checkpoint = "{initial}"\n'
+    )
+    run_task(recipe)
+    found = load_checkpoint(tmp_path / "run" / "last.pt").settings
+    assert found["model"] == old.model_dump(mode="json")["model"]
+    assert found["features"] == old.model_dump(mode="json")["features"]
+    with pytest.raises(TrainingError, match="another model"):
+        run_task(recipe, ["model.hidden_size=32", f'run.directory="{tmp_path / "other"}"'])
 
 
 def test_run_refuses_an_initial_checkpoint_of_another_model(
@@ -825,8 +848,9 @@ def test_load_checkpoint_refuses_another_format(tmp_path: Path, content: object)
 # Settings
 
 
-def test_load_settings_reads_the_shipped_recipe() -> None:
-    recipe = Path(__file__).parent.parent / "training" / "recipes" / "en-small.toml"
+@pytest.mark.parametrize("name", ["en-small", "en-small-streaming", "fine-tune"])
+def test_load_settings_reads_the_shipped_recipes(name: str) -> None:
+    recipe = Path(__file__).parent.parent / "training" / "recipes" / f"{name}.toml"
     settings = load_settings(recipe, ['data.train=["a.jsonl"]', 'data.dev=["b.jsonl"]'])
     assert settings.data.train == (Path("a.jsonl"),)
     assert settings.model.bidirectional

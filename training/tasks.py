@@ -28,7 +28,19 @@ def run_task(path: Path, overrides: Sequence[str] = ()) -> None:
 def _train_acoustic_model(tree: dict[str, Any], path: Path) -> None:
     from training.train import train  # noqa: PLC0415  # each task loads what it needs
 
-    train(validate(TrainingSettings, tree, path))
+    train(validate(TrainingSettings, _take_shape(tree), path))
+
+
+def _take_shape(tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a fine-tuning: what they do not say of the model is as it was."""
+    from training.checkpoint import load_checkpoint  # noqa: PLC0415
+
+    run = tree.get("run")
+    initial = run.get("initial_checkpoint") if isinstance(run, dict) else None
+    if not isinstance(initial, str) or {"model", "features"} <= set(tree):
+        return tree
+    known = load_checkpoint(Path(initial)).settings
+    return {"model": known["model"], "features": known["features"], **tree}
 
 
 def _train_language_model(tree: dict[str, Any], path: Path) -> None:
