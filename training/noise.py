@@ -16,6 +16,7 @@ from torch.nn.functional import conv1d, interpolate, pad
 FLOOR: Final = math.log(torch.finfo(torch.float32).eps)
 """The log energy of silence: what the front end's floor makes of it."""
 
+_FEWEST_VOICES: Final = 3
 _TAIL_FRAMES: Final = 60
 _CONTROL_BANDS: Final = 6
 _CONTROL_EVERY_FRAMES: Final = 50
@@ -49,7 +50,8 @@ def add_noise(
     level = power.sum((1, 2)) / inside.sum((1, 2))
     tracks = power / level.clamp(min=1e-20)[:, None, None]
     babble = torch.zeros_like(power)
-    n_voices = torch.randint(1, most_voices + 1, (n_utterances,), device=features.device)
+    fewest = min(_FEWEST_VOICES, most_voices)  # of fewer, nobody can tell who is meant
+    n_voices = torch.randint(fewest, most_voices + 1, (n_utterances,), device=features.device)
     for i in range(most_voices):
         order = torch.randperm(n_utterances, device=features.device)
         shift = int(torch.randint(n_frames, ()))
