@@ -71,12 +71,13 @@ def main() -> None:
 
 
 def _time_list(found: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel) -> TimedList:
+    readings = [reading.text.split() for reading in found]
     start = time.perf_counter()
-    describe_readings(found, rescorer, lm)
+    describe_readings(readings, rescorer, lm)
     seconds = time.perf_counter() - start
     pieces = [
-        [i for word in reading.words for i in rescorer.pieces.encode(word.text)] + [BOUNDARY_ID]
-        for reading in found
+        [i for word in words for i in rescorer.pieces.encode(word)] + [BOUNDARY_ID]
+        for words in readings
     ]
     return TimedList(
         n_readings=len(found),

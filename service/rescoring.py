@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from service.bundle import RescoringSettings
-from service.decoding.hypothesis import Decoder, FloatArray, Hypothesis, Phrase, Search
+from service.decoding.beam import BeamDecoder
+from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Search
 from service.decoding.ngram import NgramModel
 from service.rescorer import Rescorer
 
@@ -30,7 +30,7 @@ class RescoringDecoder:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: BeamDecoder,
         rescorer: Rescorer,
         lm: NgramModel,
         settings: RescoringSettings,
@@ -55,13 +55,17 @@ class RescoringDecoder:
         self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
     ) -> list[Hypothesis]:
         """The best readings of both passes together; see `Decoder`."""
-        found = self._decoder.decode(emission, n_best=max(n_best, self._n_best), phrases=phrases)
-        if len(found) == 1:
-            return found
-        features = describe_readings(found, self._rescorer, self._lm)
-        scores = np.array([hypothesis.score for hypothesis in found]) + features @ self._weights
-        order = np.argsort(-scores, kind="stable")[:n_best]
-        return [replace(found[i], score=float(scores[i])) for i in order]
+        return self._decoder.decode_ranked(
+            emission,
+            self._rank,
+            n_read=max(n_best, self._n_best),
+            n_best=n_best,
+            phrases=phrases,
+        )
+
+    def _rank(self, readings: Sequence[Sequence[str]], scores: DoubleArray) -> DoubleArray:
+        features = describe_readings(readings, self._rescorer, self._lm)
+        return np.asarray(scores + features @ self._weights)
 
     def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
         """Begin a search that is fed chunk by chunk."""
@@ -69,16 +73,15 @@ class RescoringDecoder:
 
 
 def describe_readings(
-    readings: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel
+    readings: Sequence[Sequence[str]], rescorer: Rescorer, lm: NgramModel
 ) -> DoubleArray:
     """What the second pass weighs: both models' natural log probabilities, and the words.
 
     Returns:
         float64, (reading, 3).
     """
-    texts = [[word.text for word in reading.words] for reading in readings]
     ngram = [
         math.log(10) * sum(max(_FEWEST_LOG10, score) for score in lm.score(words))
-        for words in texts
+        for words in readings
     ]
-    return np.column_stack([rescorer.score(texts), ngram, [len(words) for words in texts]])
+    return np.column_stack([rescorer.score(readings), ngram, [len(words) for words in readings]])

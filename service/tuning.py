@@ -213,7 +213,7 @@ def score_readings(
     return ReadingList(
         errors=[count_errors([item.reference], [reading.text]) for reading in found],
         searched=np.array([reading.score for reading in found]),
-        features=describe_readings(found, rescorer, lm),
+        features=describe_readings([reading.text.split() for reading in found], rescorer, lm),
     )
 
 

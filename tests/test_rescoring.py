@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,41 +14,19 @@ from tiny import save_language_model
 from export.bundle import export_bundle
 from export.rescorer import export_rescorer
 from service.bundle import CONFIG_NAME, RESCORER_GRAPH, RescoringSettings, hash_file, load_bundle
-from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Search, Word
+from service.decoding.beam import BeamDecoder
+from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Word
 from service.decoding.ngram import NgramModel, load_ngram
 from service.errors import BundleError, ExportError
-from service.recogniser import load_recogniser
+from service.features import log_mel
+from service.recogniser import Recogniser, load_recogniser
 from service.rescorer import Rescorer
 from service.rescoring import RescoringDecoder, describe_readings
 from service.scoring import count_errors
 from service.tuning import Item, ReadingList, fit_rescoring, score_readings, tune_bundle
 
 _TEXTS = ("a bad cab", "a dab", "", "add a bead")
-_EMISSION = np.zeros((4, 3), np.float32)
-
-
-def _read(text: str, score: float) -> Hypothesis:
-    words = tuple(Word(w, float(i), i + 1.0, 0.5) for i, w in enumerate(text.split()))
-    return Hypothesis(words, score)
-
-
-class _Search:
-    """Finds the same readings in everything."""
-
-    def __init__(self, readings: Sequence[Hypothesis]) -> None:
-        self.readings = list(readings)
-        self.asked: list[tuple[int, Sequence[Phrase]]] = []
-
-    def decode(
-        self, emission: FloatArray, *, n_best: int = 1, phrases: Sequence[Phrase] = ()
-    ) -> list[Hypothesis]:
-        assert emission is _EMISSION
-        self.asked.append((n_best, phrases))
-        return self.readings[:n_best]
-
-    def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
-        self.asked.append((0, phrases))
-        return None
+_N_BEST = 12
 
 
 @pytest.fixture(scope="module")
@@ -86,65 +63,85 @@ def rescoring_bundle(
     return folder
 
 
-def _readings() -> list[Hypothesis]:
-    return [_read(text, -10.0 - i) for i, text in enumerate(_TEXTS)]
+@pytest.fixture(scope="module")
+def search(recogniser: Recogniser) -> BeamDecoder:
+    decoder = recogniser.decoder("beam")
+    assert isinstance(decoder, BeamDecoder)
+    return decoder
+
+
+@pytest.fixture(scope="module")
+def emission(recogniser: Recogniser, waveforms: list[FloatArray]) -> FloatArray:
+    """What the search reads of a clip."""
+    heard = recogniser.emission(log_mel(waveforms[0], recogniser.features))
+    return heard[:, recogniser.columns("beam")]
 
 
 def test_readings_are_described_by_both_models_and_their_words(
     rescorer: Rescorer, lm: NgramModel
 ) -> None:
-    features = describe_readings(_readings(), rescorer, lm)
+    readings = [text.split() for text in _TEXTS]
+    features = describe_readings(readings, rescorer, lm)
     assert features.shape == (len(_TEXTS), 3)
-    np.testing.assert_allclose(features[:, 0], rescorer.score([text.split() for text in _TEXTS]))
+    np.testing.assert_allclose(features[:, 0], rescorer.score(readings))
     assert features[1, 1] == pytest.approx(np.log(10) * sum(lm.score(["a", "dab"])), rel=1e-6)
     assert features[:, 2].tolist() == [3, 2, 0, 3]
 
 
-def test_score_is_the_sum_of_both_passes(rescorer: Rescorer, lm: NgramModel) -> None:
-    settings = RescoringSettings(recurrent_weight=0.3, ngram_weight=-0.2, word_score=1.5)
-    search = _Search(_readings())
-    found = RescoringDecoder(search, rescorer, lm, settings).decode(_EMISSION, n_best=4)
-    features = describe_readings(_readings(), rescorer, lm)
-    expected = features @ [0.3, -0.2, 1.5] + [reading.score for reading in _readings()]
+def test_score_is_the_sum_of_both_passes(
+    search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
+) -> None:
+    settings = RescoringSettings(
+        n_best=_N_BEST, recurrent_weight=0.7, ngram_weight=-0.2, word_score=1.5
+    )
+    found = search.decode(emission, n_best=_N_BEST)
+    features = describe_readings([reading.text.split() for reading in found], rescorer, lm)
+    expected = features @ [0.7, -0.2, 1.5] + [reading.score for reading in found]
     order = np.argsort(-expected)
-    assert [reading.text for reading in found] == [_TEXTS[i] for i in order]
-    np.testing.assert_allclose([reading.score for reading in found], expected[order])
-    by_text = {reading.text: reading.words for reading in _readings()}
-    assert all(reading.words == by_text[reading.text] for reading in found)
+    assert order[0] != 0
+    rescored = RescoringDecoder(search, rescorer, lm, settings).decode(emission, n_best=_N_BEST)
+    np.testing.assert_allclose([reading.score for reading in rescored], expected[order], rtol=1e-6)
+    assert [reading.words for reading in rescored] == [found[i].words for i in order]
+    (best,) = RescoringDecoder(search, rescorer, lm, settings).decode(emission)
+    assert best == rescored[0]
 
 
-def test_recurrent_model_overrules_the_search(rescorer: Rescorer, lm: NgramModel) -> None:
-    likely, unlikely = sorted(_TEXTS[:2], key=lambda t: -rescorer.score([t.split()])[0])
-    search = _Search([_read(unlikely, -1.0), _read(likely, -2.0)])
-    for weight, first in ((0.0, unlikely), (10.0, likely)):
-        settings = RescoringSettings(recurrent_weight=weight)
-        (best,) = RescoringDecoder(search, rescorer, lm, settings).decode(_EMISSION)
-        assert best.text == first
+def test_without_weights_nothing_changes(
+    search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
+) -> None:
+    decoder = RescoringDecoder(search, rescorer, lm, RescoringSettings(recurrent_weight=0.0))
+    expected = search.decode(emission, n_best=_N_BEST)
+    assert decoder.decode(emission, n_best=_N_BEST) == expected
+    more = RescoringDecoder(search, rescorer, lm, RescoringSettings(n_best=2, recurrent_weight=0.0))
+    assert more.decode(emission, n_best=_N_BEST) == expected  # more are wanted than are ranked
 
 
-def test_without_weights_nothing_changes(rescorer: Rescorer, lm: NgramModel) -> None:
-    search = _Search(_readings())
-    settings = RescoringSettings(recurrent_weight=0.0)
-    assert RescoringDecoder(search, rescorer, lm, settings).decode(_EMISSION, n_best=9) == (
-        _readings()
-    )
+def test_phrases_count_before_the_second_pass(
+    search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
+) -> None:
+    decoder = RescoringDecoder(search, rescorer, lm, RescoringSettings(recurrent_weight=0.0))
+    wanted = search.decode(emission, n_best=_N_BEST)[-1]
+    plain = set(search.decode(emission)[0].text.split())
+    phrases = [Phrase(word, 20.0) for word in wanted.text.split() if word not in plain]
+    assert phrases
+    assert decoder.decode(emission, phrases=phrases) == search.decode(emission, phrases=phrases)
+    assert decoder.decode(emission, phrases=phrases) != search.decode(emission)
 
 
-def test_search_is_asked_for_enough(rescorer: Rescorer, lm: NgramModel) -> None:
-    search = _Search(_readings())
-    decoder = RescoringDecoder(search, rescorer, lm, RescoringSettings(n_best=3))
-    phrases = (Phrase("cab", 2.0),)
-    assert len(decoder.decode(_EMISSION, phrases=phrases)) == 1
-    assert len(decoder.decode(_EMISSION, n_best=4)) == 4
-    assert decoder.open(phrases=phrases) is None
-    assert search.asked == [(3, phrases), (4, ()), (0, phrases)]
+def test_interim_results_are_the_searchs(
+    search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
+) -> None:
+    decoder = RescoringDecoder(search, rescorer, lm, RescoringSettings(recurrent_weight=9.0))
+    ours, theirs = decoder.open(), search.open()
+    assert ours is not None
+    assert ours.read(emission, n_settled=20) == theirs.read(emission, n_settled=20)
 
 
-def test_single_reading_is_returned_as_it_is(rescorer: Rescorer, lm: NgramModel) -> None:
-    search = _Search([_read("", -3.0)])
-    assert RescoringDecoder(search, rescorer, lm, RescoringSettings()).decode(_EMISSION) == (
-        search.readings
-    )
+def test_emission_without_frames_has_no_words(
+    search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
+) -> None:
+    decoder = RescoringDecoder(search, rescorer, lm, RescoringSettings())
+    assert decoder.decode(emission[:0])[0].text == ""
 
 
 def test_bundle_with_a_rescorer_has_the_decoder(
@@ -189,26 +186,25 @@ def test_export_refuses_a_rescorer_that_nothing_is_found_for(tmp_path: Path) -> 
 # Weights
 
 
+def _read(text: str, score: float) -> Hypothesis:
+    words = tuple(Word(w, float(i), i + 1.0, 0.5) for i, w in enumerate(text.split()))
+    return Hypothesis(words, score)
+
+
 def _item(speaker: str, reference: str) -> Item:
     return Item(speaker, "corpus", reference, {})
 
 
 def test_weights_are_those_that_make_fewest_errors(rescorer: Rescorer, lm: NgramModel) -> None:
-    items, lists = [], []
-    for i in range(8):
-        likely, unlikely = sorted(_TEXTS[:2], key=lambda t: -rescorer.score([t.split()])[0])
-        items.append(_item(f"speaker {i}", likely))
-        found = [_read(unlikely, -1.0), _read(likely, -1.5)]
-        lists.append(score_readings(items[-1], found, rescorer, lm))
+    likely, unlikely = sorted(_TEXTS[:2], key=lambda t: -rescorer.score([t.split()])[0])
+    found = [_read(unlikely, -1.0), _read(likely, -1.5)]
+    items = [_item(f"speaker {i}", likely) for i in range(8)]
+    lists = [score_readings(item, found, rescorer, lm) for item in items]
     lines: list[str] = []
     weights = fit_rescoring(items, lists, lines.append)
-    decoder = RescoringDecoder(
-        _Search([_read(unlikely, -1.0), _read(likely, -1.5)]),
-        rescorer,
-        lm,
-        RescoringSettings(**weights),
-    )
-    assert decoder.decode(_EMISSION)[0].text == likely
+    names = ("recurrent_weight", "ngram_weight", "word_score")
+    assert lists[0].choose((weights[names[0]], weights[names[1]], weights[names[2]])).n_errors == 0
+    assert lists[0].choose((0.0, 0.0, 0.0)).n_errors > 0
     assert "WER 0.00% on all" in lines[-2]
     assert "oracle" in lines[-2]
 

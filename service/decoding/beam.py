@@ -79,6 +79,10 @@ def _no_numbers() -> npt.NDArray[np.float64]:
     return np.zeros(0)
 
 
+Rank = Callable[[Sequence[Sequence[str]], npt.NDArray[np.float64]], npt.NDArray[np.float64]]
+"""Takes the words of readings and their scores, float64, (reading,), and gives new scores."""
+
+
 @dataclass(frozen=True)
 class _Piece:
     """Words that follow each other in a reading; each array has an entry for each word."""
@@ -186,6 +190,37 @@ class BeamDecoder:
         run = self.open(phrases=phrases)
         run.push(emission)
         return run.finish(n_best=n_best)
+
+    def decode_ranked(
+        self,
+        emission: FloatArray,
+        rank: Rank,
+        *,
+        n_read: int,
+        n_best: int = 1,
+        phrases: Sequence[Phrase] = (),
+    ) -> list[Hypothesis]:
+        """The best hypotheses after another judge has seen more of them.
+
+        Args:
+            emission: log_probs of one utterance, float32, (frames, token).
+            rank: gives each reading a new score.
+            n_read: how many readings it sees.
+            n_best: how many hypotheses are wanted.
+            phrases: what is expected or unwanted.
+
+        Raises:
+            InputError: see `decode`.
+        """
+        run = self.open(phrases=phrases)
+        run.push(emission)
+        found = run.find_pieces(n_read, is_end=True)
+        if len(found) > 1:
+            pieces, before = zip(*found, strict=True)
+            scores = rank([piece.words for piece in pieces], np.array(before))
+            order = np.argsort(-scores, kind="stable")
+            found = [(pieces[i], float(scores[i])) for i in order]
+        return [self.to_hypothesis(piece, score) for piece, score in found[:n_best]]
 
     def features(self, emission: FloatArray) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
         """What the confidences of the best reading are made of, and its words.
@@ -486,21 +521,25 @@ class BeamSearch:
         words, score = readings.read_best(self._knowledge, self._state, is_end)
         return self._whole(words), score
 
-    def _read(self, *, n_best: int, is_end: bool) -> list[Hypothesis]:
-        if n_best == 1:
-            return [self._decoder.to_hypothesis(*self.best_piece(is_end=is_end))]
+    def find_pieces(self, n: int, *, is_end: bool) -> list[tuple[_Piece, float]]:
+        """The words of the best readings, and their scores; see `finish` and `n_best`."""
+        if n == 1:
+            return [self.best_piece(is_end=is_end)]
         knowledge, state = self._knowledge, self._state
         beam = readings.read_beam(knowledge, state, is_end)
         occurrences = readings.find_occurrences(knowledge, state, beam)
-        found: dict[tuple[str, ...], Hypothesis] = {}
-        for nodes, last_word, score in islice(_ways(state, beam), _MOST_WAYS * n_best):
+        found: dict[tuple[str, ...], tuple[_Piece, float]] = {}
+        for nodes, last_word, score in islice(_ways(state, beam), _MOST_WAYS * n):
             words = readings.words_on(knowledge, state, occurrences, nodes, last_word)
             piece = self._whole(words)
-            if piece.words not in found:
-                found[piece.words] = self._decoder.to_hypothesis(piece, score)
-            if len(found) == n_best:
+            found.setdefault(piece.words, (piece, score))
+            if len(found) == n:
                 break
         return list(found.values())
+
+    def _read(self, *, n_best: int, is_end: bool) -> list[Hypothesis]:
+        found = self.find_pieces(n_best, is_end=is_end)
+        return [self._decoder.to_hypothesis(piece, score) for piece, score in found]
 
     def _make_room(self) -> None:
         """Settle the words that all prefixes share; where that is not enough, drop prefixes."""
