@@ -370,7 +370,8 @@ class TrainingRun:
                 (self.directory / "settings.json").write_text(json.dumps(plain, indent=2) + "\n")
             return Progress()
         checkpoint = load_checkpoint(path)
-        if ModelSettings.model_validate(checkpoint.settings["model"]) != self.settings.model:
+        held = ModelSettings.model_validate(checkpoint.settings["model"])
+        if held.model_copy(update={"dropout": self.settings.model.dropout}) != self.settings.model:
             raise TrainingError(
                 f"{self.directory} holds a run of another model; "
                 "choose another run.directory or delete it"
