@@ -31,7 +31,7 @@ from service.manifest import Utterance, read_manifest
 from service.recogniser import make_beam_decoder
 from service.scoring import ErrorCounts, count_errors, pool
 from service.text import collapse, decode, normalise
-from service.tuning import Item, halves_of
+from service.tuning import Item, cross_fit, find_lowest
 from training.checkpoint import load_checkpoint, load_model
 from training.lexicon import PHONES, Dictionary, load_dictionary, make_lexicon, pronounce
 from training.ngram import NGRAM_NAME
@@ -128,16 +128,10 @@ def report(
         ]
         for weights, decoder in decoders.items()
     }
-    in_first = halves_of(items)
-    fitted: list[ErrorCounts] = [ErrorCounts()] * len(items)
-    for half in (in_first, ~in_first):
-        best_weights = min(
-            counts,
-            key=lambda w: pool(c for c, yes in zip(counts[w], half, strict=True) if yes).wer,
-        )
-        for i in np.flatnonzero(~half):
-            fitted[i] = counts[best_weights][i]
-    shipped = min(counts, key=lambda w: pool(counts[w]).wer)
+    fitted = cross_fit(
+        items, lambda half: find_lowest(counts, half), lambda weights, i: counts[weights][i]
+    )
+    shipped = find_lowest(counts, np.ones(len(items), np.bool_))
     print(f"  best alpha, beta: {shipped}; seen {checkpoint.progress.audio_s / 3600:.0f} hours")
     corpora = np.array([item.corpus for item in items])
     for corpus in [*sorted(set(corpora)), ""]:

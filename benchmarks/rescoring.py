@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from service.bundle import find_bundle, load_bundle
-from service.decoding.hypothesis import Hypothesis
+from service.decoding.beam import BeamDecoder
+from service.decoding.hypothesis import FloatArray, Hypothesis
 from service.decoding.ngram import NgramModel, load_ngram
 from service.errors import InputError
 from service.recogniser import make_beam_decoder
@@ -64,10 +65,27 @@ def main() -> None:
     rescorer.score([["warm", "up"]])
     found = [decoder.decode(i.emissions[head], n_best=arguments.n_best) for i in items]
     print(f"{len(items)} utterances of {wanted or 'all corpora'}, {head}, {processor_name()}")
+    _report_search(decoder, [i.emissions[head] for i in items], n_read=arguments.n_best)
     _report_times([_time_list(readings, rescorer, lm) for readings in found])
     fit_rescoring(
         items, [score_readings(i, r, rescorer, lm) for i, r in zip(items, found, strict=True)]
     )
+
+
+def _report_search(decoder: BeamDecoder, emissions: Sequence[FloatArray], *, n_read: int) -> None:
+    """How long the search takes for one reading, for a list to rank, and for a whole list."""
+    ways: dict[str, Callable[[FloatArray], object]] = {
+        "1 reading": decoder.decode,
+        f"{n_read} to rank": lambda e: decoder.decode_ranked(e, lambda _, s: s, n_read=n_read),
+        f"{n_read} with times": lambda e: decoder.decode(e, n_best=n_read),
+    }
+    for name, search in ways.items():
+        seconds = []
+        for emission in emissions:
+            start = time.perf_counter()
+            search(emission)
+            seconds.append(time.perf_counter() - start)
+        print(f"search, {name}: {1000 * np.median(seconds):.1f} ms (median)")
 
 
 def _time_list(found: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel) -> TimedList:

@@ -1,10 +1,11 @@
-"""The acoustic model at serving time: an ONNX graph run by onnxruntime."""
+"""ONNX graphs run by onnxruntime: how one is opened, and the acoustic model at serving time."""
 
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from service.errors import BundleError, ProviderError
 
 FloatArray = npt.NDArray[np.float32]
 Provider = Literal["cpu", "cuda"]
+T = TypeVar("T")
 
 INPUTS: Final = ("features", "feature_lengths")
 OUTPUTS: Final = ("token_log_probs", "phone_log_probs", "lengths")
@@ -197,6 +199,34 @@ def open_session(
             f"check the GPU driver and CUDA libraries, or use --provider cpu"
         )
     return session
+
+
+def open_described(
+    graph: Path,
+    read: Callable[[Mapping[str, str]], T],
+    kind: str,
+    *,
+    n_threads: int = 1,
+    keeps_memory: bool = False,
+) -> tuple[onnxruntime.InferenceSession, T]:
+    """Load a graph that brings its own description.
+
+    Args:
+        graph: an ONNX file.
+        read: makes the description of the file's metadata; raises ValueError or TypeError.
+        kind: what the file should be, for the message.
+        n_threads: threads of one run.
+        keeps_memory: see `open_session`.
+
+    Raises:
+        BundleError: the file is missing, damaged or another graph.
+        ProviderError: two onnxruntime packages are installed.
+    """
+    session = open_session(graph, n_threads=n_threads, keeps_memory=keeps_memory)
+    try:
+        return session, read(session.get_modelmeta().custom_metadata_map)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"{graph} is no {kind}: {error}; export it again") from error
 
 
 def check_installation(provider: Provider) -> None:

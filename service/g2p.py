@@ -16,8 +16,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from service.engine import open_session
-from service.errors import BundleError, InputError
+from service.engine import open_described
+from service.errors import InputError
 from service.text import BLANK
 
 FloatArray = npt.NDArray[np.float32]
@@ -91,14 +91,9 @@ class Pronouncer:
             BundleError: the file is missing, damaged or another graph.
             ProviderError: two onnxruntime packages are installed.
         """
-        self._session = open_session(graph, n_threads=n_threads)
-        try:
-            metadata = self._session.get_modelmeta().custom_metadata_map
-            self._alphabets = Alphabets.from_metadata(metadata)
-        except ValueError as error:
-            raise BundleError(
-                f"{graph} is no pronunciation model: {error}; export it again"
-            ) from error
+        self._session, self._alphabets = open_described(
+            graph, Alphabets.from_metadata, "pronunciation model", n_threads=n_threads
+        )
         self._ids = {letter: i for i, letter in enumerate(self._alphabets.letters)}
 
     def pronounce(self, words: Sequence[str]) -> list[Pronunciation]:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.decoding.ngram import SENTENCE_END, UNKNOWN
-from service.engine import open_session
+from service.engine import open_described
 from service.errors import BundleError, InputError
 
 FloatArray = npt.NDArray[np.float32]
@@ -150,15 +150,14 @@ class Rescorer:
             BundleError: the file is missing, damaged or another graph.
             ProviderError: two onnxruntime packages are installed.
         """
-        self._session = open_session(graph, n_threads=n_threads, keeps_memory=True)
-        try:
-            metadata = self._session.get_modelmeta().custom_metadata_map
-            self.pieces = Pieces.from_metadata(metadata)
-            inputs = {i.name: i.shape for i in self._session.get_inputs()}
-            if missing := set(RESCORER_INPUTS) - set(inputs):
-                raise ValueError(f"it has no inputs {sorted(missing)}")
-        except ValueError as error:
-            raise BundleError(f"{graph} is no rescorer: {error}; export it again") from error
+        self._session, self.pieces = open_described(
+            graph, Pieces.from_metadata, "rescorer", n_threads=n_threads, keeps_memory=True
+        )
+        inputs = {i.name: i.shape for i in self._session.get_inputs()}
+        if missing := set(RESCORER_INPUTS) - set(inputs):
+            raise BundleError(
+                f"{graph} is no rescorer: it has no inputs {sorted(missing)}; export it again"
+            )
         self._state_names = [name for name in inputs if name not in RESCORER_INPUTS]
         self._outputs = [RESCORER_OUTPUT, *(f"next_{name}" for name in self._state_names)]
         self._start = [np.zeros((1, inputs[name][1]), np.float32) for name in self._state_names]

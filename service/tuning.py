@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import jiwer
 import numpy as np
@@ -39,6 +39,7 @@ from service.rescoring import describe_readings
 from service.scoring import ErrorCounts, count_errors, pool
 
 DoubleArray = npt.NDArray[np.float64]
+W = TypeVar("W")
 Weights = tuple[float, float]
 """Weight of the language model and score of a word."""
 RescoringWeights = tuple[float, float, float]
@@ -225,12 +226,11 @@ def fit_rescoring(
     Returns:
         The fields of `RescoringSettings` that all speakers choose.
     """
-    in_first = halves_of(items)
-    rescored = [found.errors[0] for found in lists]
-    for half in (in_first, ~in_first):
-        weights = _choose_weights([lists[i] for i in np.flatnonzero(half)])
-        for i in np.flatnonzero(~half):
-            rescored[i] = lists[i].choose(weights)
+    rescored = cross_fit(
+        items,
+        lambda half: _choose_weights([lists[i] for i in np.flatnonzero(half)]),
+        lambda weights, i: lists[i].choose(weights),
+    )
     for corpus in [*sorted({item.corpus for item in items}), ""]:
         chosen = [i for i, item in enumerate(items) if corpus in ("", item.corpus)]
         before = pool(lists[i].errors[0] for i in chosen).wer
@@ -255,6 +255,28 @@ def _choose_weights(lists: Sequence[ReadingList]) -> RescoringWeights:
     return grid[int(n_errors.argmin())]
 
 
+def cross_fit(
+    items: Sequence[Item],
+    fit: Callable[[npt.NDArray[np.bool_]], W],
+    count: Callable[[W, int], ErrorCounts],
+) -> list[ErrorCounts]:
+    """Errors of every utterance with what the speakers of the other half chose.
+
+    Args:
+        items: the utterances.
+        fit: chooses on some of them, bool, (items,).
+        count: errors of an utterance by what was chosen.
+    """
+    in_first = halves_of(items)
+    chosen = {half: fit(in_first == half) for half in (True, False)}
+    return [count(chosen[not first], i) for i, first in enumerate(in_first.tolist())]
+
+
+def find_lowest(counts: Mapping[Weights, Counts], among: npt.NDArray[np.bool_]) -> Weights:
+    """The weights that make the fewest errors in some utterances, bool, (items,)."""
+    return min(counts, key=lambda weights: pool(_where(counts[weights], among)).wer)
+
+
 def halves_of(items: Iterable[Item]) -> npt.NDArray[np.bool_]:
     """Whether each utterance's speaker is in the first half, bool, (items,)."""
     keys = [(item.corpus, item.speaker) for item in items]
@@ -269,19 +291,18 @@ def _report(
     on_line: Callable[[str], object],
 ) -> float:
     """Say what the weights are worth; return the cross-fitted error rate."""
-    in_first = halves_of(items)
-    held_out: list[ErrorCounts | None] = [None] * len(items)
-    for half in (in_first, ~in_first):
-        best = min(counts, key=lambda w: pool(_where(counts[w], half)).wer)  # used now
+
+    def choose(half: npt.NDArray[np.bool_]) -> Weights:
+        best = find_lowest(counts, half)
         on_line(f"{head}: one half of the speakers chooses alpha {best[0]:g}, beta {best[1]:g}")
-        for i in np.flatnonzero(~half):
-            held_out[i] = counts[best][i]
-    found = [count for count in held_out if count is not None]
+        return best
+
+    found = cross_fit(items, choose, lambda weights, i: counts[weights][i])
     for corpus in sorted({item.corpus for item in items}):
         of_corpus = [c for c, item in zip(found, items, strict=True) if item.corpus == corpus]
         on_line(f"{head}: cross-fitted WER {pool(of_corpus).wer:.2%} on {corpus}")
     rate = pool(found).wer
-    best = min(counts, key=lambda weights: pool(counts[weights]).wer)
+    best = find_lowest(counts, np.ones(len(items), np.bool_))
     on_line(f"{head}: cross-fitted WER {rate:.2%} on all")
     on_line(f"{head}: to ship alpha {best[0]:g}, beta {best[1]:g}")
     return rate

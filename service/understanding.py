@@ -20,8 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from service.engine import open_session
-from service.errors import BundleError
+from service.engine import open_described
 
 FloatArray = npt.NDArray[np.float32]
 DoubleArray = npt.NDArray[np.float64]
@@ -130,14 +129,9 @@ class Understander:
             BundleError: the file is missing, damaged or another graph.
             ProviderError: two onnxruntime packages are installed.
         """
-        self._session = open_session(graph, n_threads=n_threads)
-        try:
-            metadata = self._session.get_modelmeta().custom_metadata_map
-            self.vocabulary, self._transitions = from_metadata(metadata)
-        except (TypeError, ValueError) as error:
-            raise BundleError(
-                f"{graph} is no understanding model: {error}; export it again"
-            ) from error
+        self._session, (self.vocabulary, self._transitions) = open_described(
+            graph, from_metadata, "understanding model", n_threads=n_threads
+        )
         self._encoder = Encoder(self.vocabulary)
 
     def understand(self, words: Sequence[str]) -> Parse:

@@ -160,16 +160,25 @@ class OptimiserSettings(Settings):
 
 
 class RunSettings(Settings):
-    """Where a run lives and how it proceeds."""
+    """Where a run of any task lives and how it proceeds."""
 
-    directory: Path = Path("runs/train")
-    """Folder of the checkpoints, logs and TensorBoard events."""
+    directory: Path
+    """Folder of the checkpoints and logs."""
     seed: int = 1
     """Seed of every random draw."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` times one step in each type and takes the faster."""
     n_threads: int = Field(default=0, ge=0)
     """Threads of one process; 0 leaves it to torch."""
+    checkpoint_every_s: float = Field(default=120.0, ge=0)
+    """Seconds between two checkpoints inside a pass."""
+
+
+class AcousticRun(RunSettings):
+    """Where a run of an acoustic model lives and how it proceeds."""
+
+    directory: Path = Path("runs/train")
+    """Folder of the checkpoints, logs and TensorBoard events."""
     checkpoint_every_s: float = Field(default=300.0, gt=0)
     """Seconds between two checkpoints inside a pass."""
     evaluate_every_epochs: int = Field(default=1, ge=1)
@@ -187,7 +196,7 @@ class TrainingSettings(Settings):
     streaming: StreamingSettings = StreamingSettings()
     augment: AugmentSettings = AugmentSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
-    run: RunSettings = RunSettings()
+    run: AcousticRun = AcousticRun()
 
     @model_validator(mode="after")
     def _speeds_include_normal(self) -> TrainingSettings:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,15 @@ class World:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+    def find_or_compute(self, compute: Callable[[], T]) -> T:
+        """What `compute` gives: process 0 works it out, the others then find it on the disk."""
+        found: T | None = None
+        for turn in range(self.size):
+            if turn == min(self.rank, 1):
+                found = compute()
+            self.gather(None)
+        return cast("T", found)
 
     def gather(self, value: T) -> Sequence[T]:
         """The values of all processes, in order, on every process."""

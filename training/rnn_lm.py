@@ -29,7 +29,7 @@ from tqdm import tqdm
 from service.errors import TrainingError
 from service.rescorer import Pieces
 from training.checkpoint import Checkpoint, State, load_checkpoint
-from training.config import Settings
+from training.config import RunSettings, Settings
 from training.lm_text import (
     EncodedText,
     IntArray,
@@ -135,19 +135,11 @@ class OptimiserSettings(Settings):
     """Decay of the exponential moving average of the weights, per step."""
 
 
-class RunSettings(Settings):
+class LanguageModelRun(RunSettings):
     """Where a run lives and how it proceeds."""
 
     directory: Path = Path("runs/rescorer")
     """Folder of the checkpoints and logs."""
-    seed: int = 1
-    """Seed of every random draw."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` times one step in each type and takes the faster."""
-    n_threads: int = Field(default=0, ge=0)
-    """Threads; 0 leaves it to torch."""
-    checkpoint_every_s: float = Field(default=120.0, gt=0)
-    """Seconds between two checkpoints."""
     evaluate_every_steps: int = Field(default=500, ge=1)
     """Steps between two evaluations on the development text."""
     initial_checkpoint: Path | None = None
@@ -162,7 +154,7 @@ class LanguageModelSettings(Settings):
     data: DataSettings
     model: ModelSettings = ModelSettings()
     optimiser: OptimiserSettings = OptimiserSettings()
-    run: RunSettings = RunSettings()
+    run: LanguageModelRun = LanguageModelRun()
 
 
 class LanguageModel(nn.Module):

@@ -106,7 +106,7 @@ class TrainingRun:
         self.directory = settings.run.directory
         self.directory.mkdir(parents=True, exist_ok=True)
         self.dev = self._prepare(settings.data.dev, is_train=False)
-        self.corpus = self._align(self._prepare(settings.data.train, is_train=True))
+        self.corpus = self._prepare(settings.data.train, is_train=True)
         _refuse_shared_speakers(self.corpus.cuts, self.dev.cuts)
         torch.manual_seed(settings.run.seed)
         self.model = self._new_model().to(world.device)
@@ -277,10 +277,11 @@ class TrainingRun:
     def _prepare(self, manifests: Sequence[Path], *, is_train: bool) -> _Corpus:
         data = self.settings.data
         cuts = read_cuts(manifests, corpora=data.corpora if is_train else ())
+        dictionary = self._pronounce_words(cuts)
         labels, report = make_labels(
             cuts,
             tokens=CHARACTERS,
-            dictionary=self._pronounce_words(cuts),
+            dictionary=dictionary,
             subsampling=self.settings.model.subsampling,
             frames_per_s=1 / self.frame_s,
             fastest=max(data.speeds) if is_train else 1.0,
@@ -292,27 +293,26 @@ class TrainingRun:
         if not labels:
             raise TrainingError("no utterance is left to train on or to evaluate; see the counts")
         speeds = sorted(data.speeds, key=lambda s: s != 1.0) if is_train else [1.0]
-        for turn in range(self.world.size):  # one process computes, the others then find it
-            if turn == min(self.world.rank, 1):
-                stores = [
-                    store_features(
-                        cuts,
-                        speed=speed,
-                        settings=self.settings.features,
-                        cache=data.cache,
-                        n_jobs=data.n_jobs,
-                    )
-                    for speed in speeds
-                ]
-            self.world.gather(None)
-        return _Corpus(cuts, labels, stores)
+        stores = self.world.find_or_compute(
+            lambda: [
+                store_features(
+                    cuts,
+                    speed=speed,
+                    settings=self.settings.features,
+                    cache=data.cache,
+                    n_jobs=data.n_jobs,
+                )
+                for speed in speeds
+            ]
+        )
+        corpus = _Corpus(cuts, labels, stores)
+        return self._align(corpus, dictionary) if is_train else corpus
 
-    def _align(self, corpus: _Corpus) -> _Corpus:
+    def _align(self, corpus: _Corpus, dictionary: Dictionary) -> _Corpus:
         """The corpus with the pronunciations that were said, where there is a model to tell."""
         aligner = self.settings.data.aligner
         if aligner is None:
             return corpus
-        dictionary = self._pronounce_words(corpus.cuts)
         variants = {
             cut.id: find_variants(cut.supervisions[0].text, dictionary)
             for cut in corpus.cuts
@@ -321,11 +321,8 @@ class TrainingRun:
         stream = BatchStream(
             corpus.cuts, corpus.labels, corpus.stores[:1], batch_s=_DEV_BATCH_S, seed=0, epoch=0
         )
-        for turn in range(self.world.size):  # one process computes, the others then find it
-            if turn == min(self.world.rank, 1):
-                path = self.directory / "pronunciations.json"
-                said = choose_all(aligner, stream, variants, path)
-            self.world.gather(None)
+        path = self.directory / "pronunciations.json"
+        said = self.world.find_or_compute(lambda: choose_all(aligner, stream, variants, path))
         return replace(corpus, labels=replace_phones(corpus.labels, said))
 
     def _pronounce_words(self, cuts: CutSet) -> Dictionary:

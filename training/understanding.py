@@ -40,7 +40,7 @@ from service.understanding import (
     spans,
 )
 from training.checkpoint import load_checkpoint
-from training.config import Settings
+from training.config import RunSettings, Settings
 from training.lexicon import load_dictionary
 from training.model import RecurrentLayer, reversal_index
 from training.schedule import learning_rate as rate_of_step
@@ -136,17 +136,13 @@ class UnderstandingOptimiser(Settings):
     """Decay of the exponential moving average of the weights, per step."""
 
 
-class UnderstandingRun(Settings):
+class UnderstandingRun(RunSettings):
     """Where a run lives and how it proceeds."""
 
     directory: Path = Path("runs/understanding")
     """Folder of the checkpoints and logs."""
-    seed: int = 1
-    """Seed of every random draw."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """`auto` times one step in each type and takes the faster."""
-    n_threads: int = Field(default=0, ge=0)
-    """Threads; 0 leaves it to torch."""
     checkpoint_every_s: float = Field(default=60.0, ge=0)
     """Seconds between two checkpoints inside a pass."""
 
