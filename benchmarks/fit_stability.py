@@ -207,7 +207,7 @@ def stream(
 ) -> Iterable[tuple[Stretch, list[Interim]]]:
     """The stretches of one recording and the interim readings of each."""
     waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
-    segmenter = recogniser.open_segmenter(profile, EndpointSettings())
+    segmenter = recogniser.open_segmenter(profile, EndpointSettings(), "greedy")
     interims: list[Interim] = []
     features = log_mel(waveform, recogniser.features)
     for event in chain(segmenter.push(features), segmenter.finish()):

@@ -15,7 +15,12 @@ from typing import Any, Final
 from pydantic import TypeAdapter, ValidationError
 from tqdm import tqdm
 
-from export.graph import export_graph, export_streaming_graph, quantise_graph
+from export.graph import (
+    export_graph,
+    export_streaming_graph,
+    make_spelling_optional,
+    quantise_graph,
+)
 from export.model_card import write_model_card
 from export.parity import (
     check_parity,
@@ -169,6 +174,8 @@ def _write_graphs(model: AcousticModel, full_graph: Path, work: Path, *, int8: b
             quantise_graph(source, work / name)
         else:
             shutil.copy(source, work / name)
+        if model.spelling is not None:
+            make_spelling_optional(work / name)
     if int8:
         loss = measure_parity(model, work / OFFLINE_GRAPH)
         logger.info("int8 graph: mean difference of a probability %.1e", loss.mean)

@@ -12,7 +12,14 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import Tensor, nn
 
 from export.tracing import trace
-from service.engine import INPUTS, OUTPUTS, STREAMING_INPUTS, STREAMING_OUTPUTS
+from service.engine import (
+    INPUTS,
+    OUTPUTS,
+    SPELL,
+    STATES,
+    STREAMING_INPUTS,
+    STREAMING_OUTPUTS,
+)
 from training.model import AcousticModel, Chunking, StreamState
 
 _EXAMPLE_FRAMES: Final = 200
@@ -44,10 +51,12 @@ class StreamedModel(nn.Module):
         self, features: Tensor, feature_lengths: Tensor, n_chunk: Tensor, *states: Tensor
     ) -> tuple[Tensor, ...]:
         """A window to log_probs of both heads, lengths and states; see `forward_window`."""
+        missing = self.model.initial_state(len(features))[len(states) :]
         token_logits, phone_logits, lengths, after = self.model.forward_window(
-            features, feature_lengths, n_chunk, StreamState(*states)
+            features, feature_lengths, n_chunk, StreamState(*states, *missing)
         )
-        return token_logits.log_softmax(-1), phone_logits.log_softmax(-1), lengths, *after
+        heads = token_logits.log_softmax(-1), phone_logits.log_softmax(-1)
+        return *heads, lengths, *after[: len(states)]
 
 
 def export_graph(model: AcousticModel, path: Path) -> None:
@@ -61,14 +70,15 @@ def export_streaming_graph(model: AcousticModel, path: Path) -> None:
     """Write the float32 graph of one window; batch, time and the chunk's length are free."""
     n_chunk = torch.tensor(_EXAMPLE_CHUNK)
     n_frames = model.window_frames(Chunking(_EXAMPLE_CHUNK, _EXAMPLE_RIGHT))
+    n_missing = 0 if model.spelling is not None else 1
     features = torch.zeros(2, n_frames, len(model.feature_mean))
     feature_lengths = torch.tensor([n_frames, n_frames // 2])
     _export(
         StreamedModel(model),
-        (features, feature_lengths, n_chunk, *model.initial_state(2)),
+        (features, feature_lengths, n_chunk, *model.initial_state(2)[: len(STATES) - n_missing]),
         path,
-        inputs=STREAMING_INPUTS,
-        outputs=STREAMING_OUTPUTS,
+        inputs=STREAMING_INPUTS[: len(STREAMING_INPUTS) - n_missing],
+        outputs=STREAMING_OUTPUTS[: len(STREAMING_OUTPUTS) - n_missing],
     )
 
 
@@ -111,6 +121,42 @@ def quantise_graph(source: Path, target: Path) -> None:
     quantised = onnx.load(str(target))
     _share_weights(quantised)
     onnx.save(quantised, str(target))
+
+
+def make_spelling_optional(path: Path) -> None:
+    """Put all that the tokens alone need behind a condition, the graph's new input `SPELL`.
+
+    Where it is false, the tokens' log_probs are one NaN a token and the state of the spelling
+    layers stays as it is.
+    """
+    model = onnx.load(str(path))
+    graph = model.graph
+    spelt = [o for o in graph.output if o.name in (OUTPUTS[0], f"next_{STATES[3]}")]
+    heard = {o.name for o in graph.output} - {o.name for o in spelt}
+    shared = []
+    for node in reversed(graph.node):  # they are sorted: users come behind
+        if heard.intersection(node.output):
+            heard.update(node.input)
+            shared.append(node)
+    own = [node for node in graph.node if not heard.intersection(node.output)]
+    n_tokens = spelt[0].type.tensor_type.shape.dim[2].dim_value
+    unknown = onnx.helper.make_tensor(
+        "unknown", onnx.TensorProto.FLOAT, [1, 1, n_tokens], [float("nan")] * n_tokens
+    )
+    skipped = [onnx.helper.make_node("Constant", [], [spelt[0].name], value=unknown)]
+    skipped += [onnx.helper.make_node("Identity", [STATES[3]], [o.name]) for o in spelt[1:]]
+    branches = {}
+    for name, nodes in (("then_branch", own), ("else_branch", skipped)):
+        unshaped = [
+            onnx.helper.make_tensor_value_info(o.name, onnx.TensorProto.FLOAT, None) for o in spelt
+        ]
+        branches[name] = onnx.helper.make_graph(nodes, name, [], unshaped)
+    condition = onnx.helper.make_node("If", [SPELL], [o.name for o in spelt], **branches)
+    del graph.node[:]
+    graph.node.extend([*reversed(shared), condition])
+    graph.input.append(onnx.helper.make_tensor_value_info(SPELL, onnx.TensorProto.BOOL, []))
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
 
 
 def _separate_weights(graph: onnx.ModelProto) -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-import onnxruntime
 import torch
 
-from service.engine import INPUTS, OUTPUTS, STREAMING_INPUTS, STREAMING_OUTPUTS
+from service.engine import OnnxEngine, OnnxStreamingEngine
 from service.errors import ExportError
 from training.model import AcousticModel, Chunking, output_lengths
 
@@ -53,23 +51,22 @@ def check_streaming_parity(model: AcousticModel, graph: Path) -> Parity:
 
 def measure_parity(model: AcousticModel, graph: Path) -> Parity:
     """Differences of both heads between a graph and torch, over lengths and batch sizes."""
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    engine = OnnxEngine(graph)
     differences = _Differences()
     for features, feature_lengths in _make_batches(len(model.feature_mean)):
-        inputs = dict(zip(INPUTS, (features.numpy(), feature_lengths.numpy()), strict=True))
-        actual = [torch.from_numpy(head) for head in session.run(list(OUTPUTS[:2]), inputs)]
+        actual = torch.from_numpy(engine.log_probs(features.numpy(), feature_lengths.numpy()))
         differences.add(model, features, feature_lengths, None, actual)
     return differences.pool()
 
 
 def measure_streaming_parity(model: AcousticModel, graph: Path) -> Parity:
     """Differences of both heads between stepping a streaming graph and torch, over chunkings."""
-    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    engine = OnnxStreamingEngine(graph)
     differences = _Differences()
     for (features, feature_lengths), chunking in zip(
         _make_batches(len(model.feature_mean)), cycle(_CHUNKINGS), strict=False
     ):
-        actual = _step_through(session, model, features, feature_lengths, chunking)
+        actual = _step_through(engine, model, features, feature_lengths, chunking)
         differences.add(model, features, feature_lengths, chunking, actual)
     return differences.pool()
 
@@ -96,13 +93,14 @@ class _Differences:
         features: torch.Tensor,
         feature_lengths: torch.Tensor,
         chunking: Chunking | None,
-        actual_heads: Sequence[torch.Tensor],
+        actual_heads: torch.Tensor,
     ) -> None:
         """Compare both heads, log_probs (batch, frames, unit), on one batch."""
         with torch.no_grad():
             *expected_heads, lengths = model(features, feature_lengths, chunking)
         inside = torch.arange(int(lengths.max())) < lengths.unsqueeze(1)
-        for logits, actual in zip(expected_heads, actual_heads, strict=True):
+        sizes = [logits.shape[-1] for logits in expected_heads]
+        for logits, actual in zip(expected_heads, actual_heads.split(sizes, -1), strict=True):
             expected = logits.log_softmax(-1)[inside]
             self._largest.append((actual[inside] - expected).abs().max())
             self._means.append((actual[inside].exp() - expected.exp()).abs().mean())
@@ -116,28 +114,27 @@ class _Differences:
 
 
 def _step_through(
-    session: onnxruntime.InferenceSession,
+    engine: OnnxStreamingEngine,
     model: AcousticModel,
     features: torch.Tensor,
     feature_lengths: torch.Tensor,
     chunking: Chunking,
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """Feed a batch of streams window by window; log_probs of both heads, (batch, frames, unit)."""
     n_window = model.window_frames(chunking)
     n_step = chunking.n_chunk * model.convolutions.subsampling
     padded = torch.nn.functional.pad(features, (0, 0, 0, n_window)).numpy()
-    n_chunk = np.array(chunking.n_chunk, np.int64)
-    states = [state.numpy() for state in model.initial_state(len(features))]
-    chunks: list[list[torch.Tensor]] = [[], []]
+    state = engine.initial_state(len(features))
+    chunks = []
     for first in range(0, features.shape[1], n_step):
-        window = padded[:, first : first + n_window]
-        lengths = (feature_lengths - first).clamp(1, n_window).numpy()
-        values = (window, lengths, n_chunk, *states)
-        inputs = dict(zip(STREAMING_INPUTS, values, strict=True))
-        tokens, phones, _, *states = session.run(list(STREAMING_OUTPUTS), inputs)
-        for head, log_probs in zip(chunks, (tokens, phones), strict=True):
-            head.append(torch.from_numpy(log_probs[:, : chunking.n_chunk]))
-    return [torch.cat(head, 1)[:, : _longest(feature_lengths, model)] for head in chunks]
+        log_probs, _, state = engine.step(
+            padded[:, first : first + n_window],
+            (feature_lengths - first).clamp(1, n_window).numpy(),
+            n_chunk_frames=chunking.n_chunk,
+            state=state,
+        )
+        chunks.append(torch.from_numpy(log_probs[:, : chunking.n_chunk]))
+    return torch.cat(chunks, 1)[:, : _longest(feature_lengths, model)]
 
 
 def _longest(feature_lengths: torch.Tensor, model: AcousticModel) -> int:

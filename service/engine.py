@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +20,13 @@ T = TypeVar("T")
 
 INPUTS: Final = ("features", "feature_lengths")
 OUTPUTS: Final = ("token_log_probs", "phone_log_probs", "lengths")
-STATES: Final = ("feature_cache", "convolution_cache", "recurrent_state")
+STATES: Final = ("feature_cache", "convolution_cache", "recurrent_state", "spelling_state")
+"""Names of the parts of `StreamState`; a graph without spelling layers lacks the last one."""
 STREAMING_INPUTS: Final = (*INPUTS, "n_chunk_frames", *STATES)
 STREAMING_OUTPUTS: Final = (*OUTPUTS, *(f"next_{name}" for name in STATES))
+
+SPELL: Final = "spell"
+"""Input of a graph that spells tokens from phones: whether it does."""
 
 _PROVIDERS: Final[dict[Provider, str]] = {
     "cpu": "CPUExecutionProvider",
@@ -50,6 +54,8 @@ class StreamState(NamedTuple):
     """The last frame of the first convolution, float32, (batch, channel, 1, band)."""
     recurrent: FloatArray
     """Forward state of each layer, float32, (batch, layer, part, hidden)."""
+    spelling: FloatArray
+    """The same of the layers that spell the tokens from the phones."""
 
 
 class StreamingEngine(Protocol):
@@ -66,6 +72,7 @@ class StreamingEngine(Protocol):
         *,
         n_chunk_frames: int,
         state: StreamState,
+        spell: bool = True,
     ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
         """Read one window of each stream.
 
@@ -76,6 +83,8 @@ class StreamingEngine(Protocol):
                 only where audio ends.
             n_chunk_frames: output frames of the chunk.
             state: what the window before left.
+            spell: whether the tokens are wanted; see `AcousticEngine`. The same for all windows of
+                a stream.
 
         Returns:
             Log probabilities of the window, float32, (batch, frames, unit), the tokens' and then
@@ -88,12 +97,20 @@ class StreamingEngine(Protocol):
 class AcousticEngine(Protocol):
     """Maps features to log_probs of both heads, tokens and phones."""
 
-    def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
+    def log_probs(
+        self,
+        features: FloatArray,
+        feature_lengths: npt.NDArray[np.int64],
+        *,
+        spell: bool = True,
+    ) -> FloatArray:
         """Compute the log_probs of a batch.
 
         Args:
             features: log-mel energies, float32, (batch, time, mel); padding is ignored.
             feature_lengths: frames of each utterance, int64, (batch,), at least 1.
+            spell: whether the tokens are wanted. Where they are spelt from the phones, a caller who
+                needs the phones alone saves that work; its columns of the tokens are NaN.
 
         Returns:
             Log probabilities, float32, (batch, frames, unit), those of the tokens and then those
@@ -116,12 +133,18 @@ class OnnxEngine:
         Raises:
             ProviderError: the provider is not there, or two onnxruntime packages are installed.
         """
-        self._session = open_session(graph, provider=provider, n_threads=n_threads)
+        self._heads = _Heads(open_session(graph, provider=provider, n_threads=n_threads))
 
-    def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
+    def log_probs(
+        self,
+        features: FloatArray,
+        feature_lengths: npt.NDArray[np.int64],
+        *,
+        spell: bool = True,
+    ) -> FloatArray:
         """Compute the log_probs of a batch; see `AcousticEngine`."""
         inputs = dict(zip(INPUTS, (features, feature_lengths), strict=True))
-        return np.concatenate(self._session.run(OUTPUTS[:2], inputs), axis=-1, dtype=np.float32)
+        return self._heads.run((), inputs, spell=spell)[0]
 
 
 class OnnxStreamingEngine:
@@ -133,17 +156,16 @@ class OnnxStreamingEngine:
         Raises:
             ProviderError: the provider is not there, or two onnxruntime packages are installed.
         """
-        self._session = open_session(
-            graph, provider=provider, n_threads=n_threads, keeps_memory=True
-        )
-        shapes = {i.name: i.shape for i in self._session.get_inputs()}
-        self._state_shapes = [tuple(shapes[name][1:]) for name in STATES]
+        session = open_session(graph, provider=provider, n_threads=n_threads, keeps_memory=True)
+        self._heads = _Heads(session)
+        shapes = {i.name: i.shape for i in session.get_inputs()}
+        self._state_shapes = [tuple(shapes[name][1:]) for name in STATES if name in shapes]
 
     def initial_state(self, batch_size: int = 1) -> StreamState:
         """The state at the start of `batch_size` streams: zeros."""
-        return StreamState(
-            *(np.zeros((batch_size, *shape), np.float32) for shape in self._state_shapes)
-        )
+        parts = [np.zeros((batch_size, *shape), np.float32) for shape in self._state_shapes]
+        missing = [np.zeros((batch_size, 0), np.float32)] * (len(STATES) - len(parts))
+        return StreamState(*parts, *missing)
 
     def step(
         self,
@@ -152,13 +174,34 @@ class OnnxStreamingEngine:
         *,
         n_chunk_frames: int,
         state: StreamState,
+        spell: bool = True,
     ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
         """Read one window of each stream; see `StreamingEngine`."""
-        values = (features, feature_lengths, np.array(n_chunk_frames, np.int64), *state)
-        tokens, phones, lengths, *after = self._session.run(
-            STREAMING_OUTPUTS, dict(zip(STREAMING_INPUTS, values, strict=True))
-        )
-        return np.concatenate([tokens, phones], axis=-1), lengths, StreamState(*after)
+        n_parts = len(self._state_shapes)
+        values = (features, feature_lengths, np.array(n_chunk_frames, np.int64), *state[:n_parts])
+        wanted = STREAMING_OUTPUTS[2 : 3 + n_parts]
+        inputs = dict(zip(STREAMING_INPUTS, values, strict=False))
+        log_probs, lengths, *after = self._heads.run(wanted, inputs, spell=spell)
+        return log_probs, lengths, StreamState(*after, *state[n_parts:])
+
+
+class _Heads:
+    """A graph of both heads, and which of them is run."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._spells = SPELL in [i.name for i in session.get_inputs()]
+
+    def run(
+        self, more: Sequence[str], inputs: dict[str, Any], *, spell: bool
+    ) -> list[npt.NDArray[Any]]:
+        """The log_probs of both heads side by side, and more outputs."""
+        if self._spells:
+            inputs[SPELL] = np.array(spell)
+        tokens, phones, *others = self._session.run([*OUTPUTS[:2], *more], inputs)
+        if tokens.shape[:2] != phones.shape[:2]:
+            tokens = np.broadcast_to(tokens, (*phones.shape[:2], tokens.shape[2]))
+        return [np.concatenate([tokens, phones], axis=-1, dtype=np.float32), *others]
 
 
 def open_session(

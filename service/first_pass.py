@@ -29,6 +29,7 @@ class FirstPass:
         n_mels: int,
         n_units: int,
         subsampling: int,
+        spell: bool,
         mute: Mute,
     ) -> None:
         """Start a stream.
@@ -39,11 +40,13 @@ class FirstPass:
             n_mels: bands of the features.
             n_units: tokens and phones.
             subsampling: feature frames for each output frame.
+            spell: whether the tokens are wanted; see `AcousticEngine`.
             mute: changes log_probs (frames, unit) in place, given their features (time, mel).
         """
         self._engine = engine
         self._n_chunk = profile.chunk_frames
         self._n_chunk_features = profile.chunk_frames * subsampling
+        self._spell = spell
         self._mute = mute
         self._state = engine.initial_state()
         self._window = np.zeros((profile.window_feature_frames, n_mels), np.float32)
@@ -94,6 +97,7 @@ class FirstPass:
             np.array([self._n_waiting]),
             n_chunk_frames=self._n_chunk,
             state=self._state,
+            spell=self._spell,
         )
         read = log_probs[0, : int(lengths[0])]
         self._mute(read, self._window[: self._n_waiting])

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Final, Literal
 
@@ -238,9 +238,9 @@ class Recogniser:
         noise = np.random.default_rng(0).normal(size=int(_WARM_UP_S * self.sample_rate))
         for decoder in self.decoders:
             self.recognise((0.1 * noise).astype(np.float32), decoder=decoder, n_best=2)
-        for name, profile in self.profiles.items():
+        for (name, profile), decoder in product(self.profiles.items(), self.decoders):
             window = np.zeros((profile.window_feature_frames, self.features.n_mels), np.float32)
-            self.open_first_pass(name).push(window)
+            self.open_first_pass(name, decoder).push(window)
 
     def recognise(
         self,
@@ -293,7 +293,7 @@ class Recogniser:
         whole, frames = self._take_whole(self._features_of(blocks))
         if frames is None:
             yield self.segment(
-                self.emission(whole),
+                self.emission(whole, decoder),
                 first_frame=0,
                 decoder=decoder,
                 n_best=n_best,
@@ -310,9 +310,9 @@ class Recogniser:
                 yield piece
 
         first_frame = 0
-        utterances = self._utterances(count(chain([whole], frames)))
+        utterances = self._utterances(count(chain([whole], frames)), decoder)
         for batch in _batches(utterances, self.utterances_at_once):
-            emissions = self.emissions([utterance.features for utterance in batch])
+            emissions = self.emissions([utterance.features for utterance in batch], decoder)
             for utterance, emission in zip(batch, emissions, strict=True):
                 yield self.segment(
                     emission,
@@ -351,9 +351,11 @@ class Recogniser:
                 return np.concatenate(taken), frames
         return np.concatenate(taken), None
 
-    def _utterances(self, frames: Iterable[FloatArray]) -> Iterator[Utterance]:
+    def _utterances(
+        self, frames: Iterable[FloatArray], decoder: DecoderName
+    ) -> Iterator[Utterance]:
         """Cut the features of a long recording into utterances, at least one."""
-        segmenter = self.open_segmenter(DEFAULT_PROFILE, EndpointSettings())
+        segmenter = self.open_segmenter(DEFAULT_PROFILE, EndpointSettings(), decoder)
         n_utterances = 0
         for piece in frames:
             start = time.perf_counter()
@@ -369,14 +371,18 @@ class Recogniser:
             ):
                 yield event.utterance
 
-    def open_first_pass(self, profile: str) -> FirstPass:
-        """The first pass over a new stream, read as the profile of that name says."""
+    def open_first_pass(self, profile: str, decoder: DecoderName) -> FirstPass:
+        """The first pass over a new stream, read as the profile of that name says.
+
+        Its log_probs are those of the columns that the decoder reads; the others may be NaN.
+        """
         return FirstPass(
             self.streaming_engine,
             self.profiles[profile],
             n_mels=self.features.n_mels,
             n_units=len(self.tokens) + len(self.phones),
             subsampling=self.subsampling,
+            spell=decoder not in self.phone_decoders,
             mute=self._mute_silence,
         )
 
@@ -393,7 +399,7 @@ class Recogniser:
         Yields:
             One segment.
         """
-        first_pass = self.open_first_pass(profile)
+        first_pass = self.open_first_pass(profile, decoder)
         emission = []
         for features in self._features_of(blocks):
             start = time.perf_counter()
@@ -402,15 +408,18 @@ class Recogniser:
         emission.append(first_pass.finish())
         yield self.segment(np.concatenate(emission), first_frame=0, decoder=decoder)
 
-    def open_segmenter(self, profile: str, endpointing: EndpointSettings) -> Segmenter:
-        """What cuts a new stream into utterances."""
+    def open_segmenter(
+        self, profile: str, endpointing: EndpointSettings, decoder: DecoderName
+    ) -> Segmenter:
+        """What cuts a new stream into utterances, for a decoder."""
+        units = self.phones if decoder in self.phone_decoders else self.tokens
         return Segmenter(
-            self.open_first_pass(profile),
+            self.open_first_pass(profile, decoder),
             endpointing,
             subsampling=self.subsampling,
             frame_s=self.frame_s,
-            n_tokens=len(self.tokens),
-            space=self.tokens.index(SPACE) if SPACE in self.tokens else None,
+            columns=self.columns(decoder),
+            space=units.index(SPACE) if SPACE in units else None,
         )
 
     def segment(
@@ -450,15 +459,19 @@ class Recogniser:
         understood = _understand(segment, self.domain)
         return replace(understood, alternatives=understood.alternatives[:n_best])
 
-    def emission(self, features: FloatArray) -> FloatArray:
+    def emission(self, features: FloatArray, decoder: DecoderName | None = None) -> FloatArray:
         """Compute the log_probs of one utterance; see `emissions`."""
-        return self.emissions([features])[0]
+        return self.emissions([features], decoder)[0]
 
-    def emissions(self, utterances: Sequence[FloatArray]) -> list[FloatArray]:
+    def emissions(
+        self, utterances: Sequence[FloatArray], decoder: DecoderName | None = None
+    ) -> list[FloatArray]:
         """Compute the log_probs of utterances with full context, as one batch.
 
         Args:
             utterances: log-mel energies, float32, each (time, mel).
+            decoder: which one will read them: the columns that it does not read may be NaN. None
+                computes all.
 
         Returns:
             Log probabilities, float32, each (frames, unit): tokens, then phones.
@@ -473,7 +486,8 @@ class Recogniser:
         batch = np.zeros((len(filled), n_frames.max(), self.features.n_mels), np.float32)
         for row, i in enumerate(filled):
             batch[row, : n_frames[i]] = utterances[i]
-        log_probs = self.engine.log_probs(batch, n_frames[filled])
+        spell = decoder not in self.phone_decoders
+        log_probs = self.engine.log_probs(batch, n_frames[filled], spell=spell)
         self.timings.acoustic_model_s += time.perf_counter() - start
         for row, i in enumerate(filled):
             emissions[i] = log_probs[row, : -(-int(n_frames[i]) // self.subsampling)]

@@ -234,12 +234,16 @@ class Scheduler:
         return most.get(job.kind, 1)
 
     def _run_windows(self, inputs: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
-        """Run windows of the same shape: inputs are features, length, chunk, state."""
-        features, lengths, chunks, states = zip(*inputs, strict=True)
+        """Run windows of the same shape: inputs are features, length, chunk, state, spell."""
+        features, lengths, chunks, states, spells = zip(*inputs, strict=True)
         if len(inputs) == 1:
             return [
                 self._streaming_engine.step(
-                    features[0], lengths[0], n_chunk_frames=chunks[0], state=states[0]
+                    features[0],
+                    lengths[0],
+                    n_chunk_frames=chunks[0],
+                    state=states[0],
+                    spell=spells[0],
                 )
             ]
         state = StreamState(*(np.concatenate(parts) for parts in zip(*states, strict=True)))
@@ -248,6 +252,7 @@ class Scheduler:
             np.concatenate(lengths),
             n_chunk_frames=chunks[0],
             state=state,
+            spell=spells[0],
         )
         rows = [slice(i, i + 1) for i in range(len(inputs))]
         return [
@@ -256,14 +261,15 @@ class Scheduler:
         ]
 
     def _run_utterances(self, inputs: Sequence[tuple[Any, ...]]) -> Sequence[Any]:
-        """Run utterances of similar length: inputs are features and length."""
+        """Run utterances of similar length: inputs are features, length, spell."""
+        all_features, all_lengths, spells = zip(*inputs, strict=True)
         if len(inputs) == 1:
-            return [self._engine.log_probs(*inputs[0])]
-        lengths = np.concatenate([length for _, length in inputs])
-        batch = np.zeros((len(inputs), lengths.max(), inputs[0][0].shape[2]), np.float32)
-        for row, (features, _) in enumerate(inputs):
+            return [self._engine.log_probs(all_features[0], all_lengths[0], spell=spells[0])]
+        lengths = np.concatenate(all_lengths)
+        batch = np.zeros((len(inputs), lengths.max(), all_features[0].shape[2]), np.float32)
+        for row, features in enumerate(all_features):
             batch[row, : features.shape[1]] = features[0]
-        log_probs = self._engine.log_probs(batch, lengths)
+        log_probs = self._engine.log_probs(batch, lengths, spell=spells[0])
         return [log_probs[i : i + 1] for i in range(len(inputs))]
 
 
@@ -273,13 +279,19 @@ class _TurnEngine:
         self._engine = engine
         self._priority = priority
 
-    def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
+    def log_probs(
+        self,
+        features: FloatArray,
+        feature_lengths: npt.NDArray[np.int64],
+        *,
+        spell: bool = True,
+    ) -> FloatArray:
         """Compute the log_probs of utterances, each in its turn; see `AcousticEngine`."""
         outputs = [
             self._scheduler.submit(
                 "utterance",
-                int(n_frames) // BUCKET_FRAMES,
-                (features[i : i + 1, :n_frames], feature_lengths[i : i + 1]),
+                (int(n_frames) // BUCKET_FRAMES, spell),
+                (features[i : i + 1, :n_frames], feature_lengths[i : i + 1], spell),
                 self._priority,
             )
             for i, n_frames in enumerate(feature_lengths)
@@ -312,13 +324,14 @@ class _TurnStreamingEngine:
         *,
         n_chunk_frames: int,
         state: StreamState,
+        spell: bool = True,
     ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
         """Read one window in its turn; see `StreamingEngine`."""
         assert len(features) == 1, "streams read their windows one by one"
         output = self._scheduler.submit(
             "window",
-            (n_chunk_frames, features.shape[1]),
-            (features, feature_lengths, n_chunk_frames, state),
+            (n_chunk_frames, features.shape[1], spell),
+            (features, feature_lengths, n_chunk_frames, state, spell),
             self._priority,
         )
         found: tuple[FloatArray, npt.NDArray[np.int64], StreamState] = wait_for(output)

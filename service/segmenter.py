@@ -79,7 +79,7 @@ class Segmenter:
         *,
         subsampling: int,
         frame_s: float,
-        n_tokens: int,
+        columns: slice,
         space: int | None,
     ) -> None:
         """Start a stream.
@@ -89,14 +89,14 @@ class Segmenter:
             settings: when utterances begin and end.
             subsampling: feature frames for each output frame.
             frame_s: seconds of one output frame.
-            n_tokens: length of the token list; log_probs may have more columns.
-            space: token between words, which is no speech; None where there is none.
+            columns: the columns of log_probs that tell speech from blanks: one head's.
+            space: unit between words, which is no speech; None where there is none.
         """
         self._first_pass = first_pass
         self._endpointer = Endpointer(settings, frame_s=frame_s)
         self._detector = QuietDetector(frame_s=frame_s)
         self._subsampling = subsampling
-        self._n_tokens = n_tokens
+        self._columns = columns
         self._space = space
         self._n_pre_roll = round(PRE_ROLL_S / frame_s)
         self._n_look_again = round(_LOOK_AGAIN_S / frame_s)
@@ -194,8 +194,8 @@ class Segmenter:
         return rows[: max(0, self._end - self._first - len(self._settled))]
 
     def _blanks(self, log_probs: FloatArray) -> list[bool]:
-        best = log_probs[:, : self._n_tokens].argmax(axis=1)
-        return [token in (BLANK, self._space) for token in best.tolist()]
+        best = log_probs[:, self._columns].argmax(axis=1)
+        return [unit in (BLANK, self._space) for unit in best.tolist()]
 
     def _known_blanks(self) -> list[bool]:
         return self._is_blank + self._blanks(self._tentative())

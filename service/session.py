@@ -211,7 +211,7 @@ class _Channel:
         self._second_pass = request.second_pass
         self._features = FeatureStream(recogniser.features)
         self._segmenter = recogniser.open_segmenter(
-            DEFAULT_PROFILE if is_offline else request.profile, request.endpointing
+            DEFAULT_PROFILE if is_offline else request.profile, request.endpointing, decoder
         )
         self._survival = recogniser.survival.get(
             _kind_of(decoder, second_pass=request.second_pass), Survival()
@@ -306,7 +306,7 @@ class _Channel:
         """Decode an utterance, after the second pass where it is wanted."""
         emission = utterance.log_probs
         if self._second_pass:
-            emission = self._recogniser.emission(utterance.features)
+            emission = self._recogniser.emission(utterance.features, self._decoder)
         segment = self._recogniser.segment(
             emission,
             first_frame=utterance.first_frame,

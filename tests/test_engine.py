@@ -13,7 +13,13 @@ import pytest
 import torch
 from tiny import N_MELS, make_model
 
-from export.graph import export_graph, export_streaming_graph, quantise_graph
+from export.graph import (
+    export_graph,
+    export_streaming_graph,
+    make_spelling_optional,
+    quantise_graph,
+)
+from export.parity import measure_parity
 from service.bundle import BundleConfig, load_bundle
 from service.engine import FloatArray, OnnxEngine, OnnxStreamingEngine, check_installation
 from service.errors import ProviderError
@@ -50,6 +56,8 @@ def _stream(
     features: FloatArray,
     lengths: tuple[int, ...],
     chunking: Chunking,
+    *,
+    spell: bool = True,
 ) -> FloatArray:
     """Settled log_probs of a batch of streams, (batch, frames, unit)."""
     n_window = model.window_frames(chunking)
@@ -63,6 +71,7 @@ def _stream(
             np.clip(np.array(lengths) - first, 1, n_window),
             n_chunk_frames=chunking.n_chunk,
             state=state,
+            spell=spell,
         )
         assert n_frames.max() <= log_probs.shape[1]
         chunks.append(log_probs[:, : chunking.n_chunk])
@@ -171,9 +180,10 @@ def test_initial_state_is_the_models(tmp_path: Path, cell: Cell, n_parts: int) -
     model = make_model(cell=cell)
     export_streaming_graph(model, tmp_path / "streaming.onnx")
     actual = OnnxStreamingEngine(tmp_path / "streaming.onnx").initial_state(3)
-    for part, expected in zip(actual, model.initial_state(3), strict=True):
+    for part, expected in zip(actual[:3], model.initial_state(3)[:3], strict=True):
         assert part.dtype == np.float32
         np.testing.assert_array_equal(part, expected)
+    assert actual.spelling.shape == (3, 0)  # this model does not spell
     assert actual.recurrent.shape == (3, 2, n_parts, 16)
 
 
@@ -189,6 +199,60 @@ def test_int8_streaming_graph_runs_close_to_the_model(tmp_path: Path, cell: Cell
     for i, n in enumerate(n_frames):
         difference = np.abs(np.exp(actual[i, :n]) - np.exp(expected[i, :n]))
         assert 0 < difference.max() < 0.02
+
+
+# Spelling
+
+
+@pytest.fixture(scope="module")
+def spelling_model() -> AcousticModel:
+    return make_model(subsampling=3, n_spelling_layers=2)
+
+
+def _export_spelling(model: AcousticModel, folder: Path) -> tuple[Path, Path]:
+    """The graphs of both ways to read, their spelling optional."""
+    graphs = folder / "offline.onnx", folder / "streaming.onnx"
+    for export, graph in zip((export_graph, export_streaming_graph), graphs, strict=True):
+        export(model, graph)
+        make_spelling_optional(graph)
+    return graphs
+
+
+def test_graph_that_spells_equals_the_model_and_can_leave_it(
+    spelling_model: AcousticModel, tmp_path: Path
+) -> None:
+    engine = OnnxEngine(_export_spelling(spelling_model, tmp_path)[0])
+    features, lengths = _draw_features(60, 45), np.array([60, 45])
+    expected, (n_frames, _) = _read(spelling_model, features, (60, 45), None)
+    whole = engine.log_probs(features, lengths)
+    np.testing.assert_allclose(whole[0], expected[0, :n_frames], atol=1e-4, rtol=0)
+    heard = engine.log_probs(features, lengths, spell=False)
+    n_tokens = len(CHARACTERS)
+    assert np.isnan(heard[..., :n_tokens]).all()
+    np.testing.assert_array_equal(heard[..., n_tokens:], whole[..., n_tokens:])
+
+
+def test_stream_that_spells_equals_the_model_and_can_leave_it(
+    spelling_model: AcousticModel, tmp_path: Path
+) -> None:
+    engine = OnnxStreamingEngine(_export_spelling(spelling_model, tmp_path)[1])
+    features, n_tokens = _draw_features(*_LENGTHS), len(CHARACTERS)
+    for chunking in _CHUNKINGS:
+        expected, n_frames = _read(spelling_model, features, _LENGTHS, chunking)
+        whole = _stream(engine, spelling_model, features, _LENGTHS, chunking)
+        heard = _stream(engine, spelling_model, features, _LENGTHS, chunking, spell=False)
+        for i, n in enumerate(n_frames):
+            np.testing.assert_allclose(whole[i, :n], expected[i, :n], atol=1e-4, rtol=0)
+        assert np.isnan(heard[..., :n_tokens]).all()
+        np.testing.assert_array_equal(heard[..., n_tokens:], whole[..., n_tokens:])
+
+
+def test_int8_graph_that_spells_runs_close_to_the_model(tmp_path: Path) -> None:
+    model = make_model(hidden_size=32, n_spelling_layers=1)
+    export_graph(model, tmp_path / "full.onnx")
+    quantise_graph(tmp_path / "full.onnx", tmp_path / "int8.onnx")
+    make_spelling_optional(tmp_path / "int8.onnx")
+    assert 0 < measure_parity(model, tmp_path / "int8.onnx").mean < 0.002
 
 
 # Full context

@@ -55,6 +55,7 @@ class _Recogniser:
             n_mels=N_MELS,
             n_units=N_UNITS,
             subsampling=self.subsampling,
+            spell=True,
             mute=mute,
         )
 

@@ -442,3 +442,45 @@ def test_model_without_skips_hears_through_its_layers_alone(chunking: Chunking |
     assert isinstance(last, RecurrentLayer)
     last.silence()
     assert torch.equal(model(first, lengths, chunking)[0], model(second, lengths, chunking)[0])
+
+
+# Spelling
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@torch.no_grad()
+def test_spelling_model_reads_chunks_as_it_reads_windows(cell: Cell, bidirectional: bool) -> None:
+    model = make_model(cell=cell, bidirectional=bidirectional, n_spelling_layers=2)
+    features = _pad(_draw_utterances(), n_frames=max(_LENGTHS), garbage=1e3)
+    for chunking in _CHUNKINGS:
+        *heads, lengths = model(features, torch.tensor(_LENGTHS), chunking)
+        stepped = _step_through(model, features, torch.tensor(_LENGTHS), chunking)
+        for i, length in enumerate(lengths.tolist()):
+            for actual, expected in zip(stepped, heads, strict=True):
+                torch.testing.assert_close(
+                    actual[i, :length], expected[i, :length], atol=1e-5, rtol=0
+                )
+
+
+@torch.no_grad()
+def test_tokens_are_spelt_from_what_the_phone_head_says() -> None:
+    model = make_model(n_spelling_layers=1)
+    features = _pad(_draw_utterances(), n_frames=max(_LENGTHS), garbage=1e3)
+    tokens, phones, lengths = model(features, torch.tensor(_LENGTHS))
+    spelt = model.spell(phones.softmax(-1), lengths)
+    for i, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(spelt[i, :length], tokens[i, :length])
+
+
+@torch.no_grad()
+def test_adopted_model_hears_the_same_and_spells_anew() -> None:
+    plain, spelling = make_model(), make_model(seed=2, n_spelling_layers=1)
+    own = spelling.token_head.weight.clone()
+    spelling.adopt(plain.state_dict())
+    features, lengths = torch.randn(2, 40, N_MELS), torch.tensor([40, 31])
+    assert torch.equal(plain(features, lengths)[1], spelling(features, lengths)[1])
+    assert torch.equal(own, spelling.token_head.weight)
+    again = make_model(seed=3, n_spelling_layers=1)
+    again.adopt(spelling.state_dict())
+    assert torch.equal(again(features, lengths)[0], spelling(features, lengths)[0])

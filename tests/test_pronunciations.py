@@ -14,7 +14,7 @@ from training.checkpoint import save_weights
 from training.data import Labels
 from training.distributed import World
 from training.lexicon import PHONES, find_variants
-from training.pronunciations import Variants, choose_pronunciations, replace_phones
+from training.pronunciations import SpokenWord, Variants, align, replace_phones
 from training.train import TrainingRun
 
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
@@ -51,15 +51,25 @@ def test_chosen_pronunciations_have_the_best_path(seed: int) -> None:
     for choice in itertools.product(*(range(len(word)) for word in _WORDS)):
         phones = [phone for word, i in zip(_WORDS, choice, strict=True) for phone in word[i]]
         scores[choice] = _score_best(log_probs, phones)
-    chosen = choose_pronunciations(log_probs, _WORDS)
-    assert chosen is not None
-    assert scores[tuple(chosen)] == pytest.approx(max(scores.values()))
+    spoken = align(log_probs, _WORDS)
+    assert spoken is not None
+    assert scores[tuple(word.variant for word in spoken)] == pytest.approx(max(scores.values()))
+
+
+def test_phones_begin_where_the_best_path_enters_them() -> None:
+    path = [0, 1, 1, 2, 0, 0, 2, 3, 1, 0]
+    log_probs = torch.full((len(path), _N_PHONES), 0.1).scatter(1, torch.tensor([path]).T, 0.7)
+    assert align(log_probs.log(), _WORDS) == [
+        SpokenWord(variant=0, phones=(1, 2), first_frames=(1, 3)),
+        SpokenWord(variant=0, phones=(2,), first_frames=(6,)),
+        SpokenWord(variant=0, phones=(3, 1), first_frames=(7, 8)),
+    ]
 
 
 def test_too_few_frames_choose_nothing() -> None:
-    assert choose_pronunciations(_draw(3, 0), _WORDS) is None
-    assert choose_pronunciations(_draw(0, 0), _WORDS) is None
-    assert choose_pronunciations(_draw(4, 0), _WORDS) is not None
+    assert align(_draw(3, 0), _WORDS) is None
+    assert align(_draw(0, 0), _WORDS) is None
+    assert align(_draw(4, 0), _WORDS) is not None
 
 
 def test_variants_are_those_of_the_dictionary() -> None:

@@ -38,14 +38,22 @@ class MarkingEngine:
     def __init__(self) -> None:
         self.batches: list[list[float]] = []
         """First value of each row, by batch."""
+        self.spells: list[bool] = []
         self.lengths: list[list[int]] = []
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.n_begun = 0
         self.fails_on: float | None = None
 
-    def log_probs(self, features: FloatArray, feature_lengths: npt.NDArray[np.int64]) -> FloatArray:
+    def log_probs(
+        self,
+        features: FloatArray,
+        feature_lengths: npt.NDArray[np.int64],
+        *,
+        spell: bool = True,
+    ) -> FloatArray:
         self.n_begun += 1
+        self.spells.append(spell)
         assert self.may_go_on.wait(PATIENCE_S)
         self.batches.append(features[:, 0, 0].tolist())
         self.lengths.append(feature_lengths.tolist())
@@ -61,6 +69,7 @@ class MarkingStreamingEngine:
         self.batches: list[list[float]] = []
         self.shapes: list[tuple[int, int]] = []
         """Chunk and window of each batch."""
+        self.spells: list[bool] = []
         self.may_go_on = threading.Event()
         self.may_go_on.set()
         self.n_begun = 0
@@ -70,6 +79,7 @@ class MarkingStreamingEngine:
             np.zeros((batch_size, 1, N_MELS), np.float32),
             np.zeros((batch_size, 1, 1, 1), np.float32),
             np.zeros((batch_size, 1, 1, 2), np.float32),
+            np.zeros((batch_size, 0), np.float32),
         )
 
     def step(
@@ -79,8 +89,10 @@ class MarkingStreamingEngine:
         *,
         n_chunk_frames: int,
         state: StreamState,
+        spell: bool = True,
     ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
         self.n_begun += 1
+        self.spells.append(spell)
         assert self.may_go_on.wait(PATIENCE_S)
         self.batches.append(features[:, 0, 0].tolist())
         self.shapes.append((n_chunk_frames, features.shape[1]))
@@ -88,6 +100,7 @@ class MarkingStreamingEngine:
             features[:, -1:],
             state.convolved + 1,
             state.recurrent + features.sum(axis=(1, 2))[:, None, None, None],
+            state.spelling,
         )
         return features + state.recurrent[:, 0, :, :1], feature_lengths - n_chunk_frames, after
 
@@ -135,17 +148,17 @@ def _utterance(n_frames: int, first: float = 1.0) -> tuple[FloatArray, npt.NDArr
 def _submit(
     scheduler: Scheduler, first: float, *, n_frames: int = 8, priority: Priority = "offline"
 ) -> Future[Any]:
-    inputs = _utterance(n_frames, first)
+    inputs = (*_utterance(n_frames, first), True)
     return scheduler.submit("utterance", n_frames // BUCKET_FRAMES, inputs, priority)
 
 
 def _submit_window(
-    scheduler: Scheduler, first: float, *, n_chunk: int = 2, n_frames: int = 4
+    scheduler: Scheduler, first: float, *, n_chunk: int = 2, n_frames: int = 4, spell: bool = True
 ) -> Future[Any]:
     features, lengths = _utterance(n_frames, first)
     state = MarkingStreamingEngine().initial_state()
-    inputs = (features, lengths, n_chunk, state)
-    return scheduler.submit("window", (n_chunk, n_frames), inputs, "live")
+    inputs = (features, lengths, n_chunk, state, spell)
+    return scheduler.submit("window", (n_chunk, n_frames, spell), inputs, "live")
 
 
 def _run_together(works: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -294,6 +307,22 @@ def test_batches_of_windows_have_one_shape_and_as_many_as_allowed() -> None:
             job.result(PATIENCE_S)
     assert streaming.batches == [[0], [1, 4], [2, 6], [3], [5]]
     assert streaming.shapes == [(2, 4), (2, 4), (2, 5), (3, 4), (2, 4)]
+
+
+def test_work_that_spells_shares_no_batch_with_work_that_does_not() -> None:
+    engine, streaming = MarkingEngine(), MarkingStreamingEngine()
+    features, lengths = _utterance(8, 1.0)
+
+    def read(scheduler: Scheduler, *, spell: bool) -> None:
+        scheduler.engine("live").log_probs(features, lengths, spell=spell)
+        turns = scheduler.streaming_engine("live")
+        state = turns.initial_state()
+        turns.step(features, lengths, n_chunk_frames=2, state=state, spell=spell)
+
+    with _open(engine, streaming, longest_wait_s=0.05) as scheduler:
+        _run_together([partial(read, scheduler, spell=spell) for spell in (True, False)])
+    assert sorted(engine.spells) == sorted(streaming.spells) == [False, True]
+    assert [len(batch) for batch in (*engine.batches, *streaming.batches)] == [1] * 4
 
 
 def test_windows_and_utterances_never_share_a_batch() -> None:

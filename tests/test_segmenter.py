@@ -42,7 +42,7 @@ class ScriptEngine:
 
     def initial_state(self, batch_size: int = 1) -> StreamState:
         nothing = np.zeros((batch_size, 0), np.float32)
-        return StreamState(nothing, nothing, nothing)
+        return StreamState(nothing, nothing, nothing, nothing)
 
     def step(
         self,
@@ -51,8 +51,9 @@ class ScriptEngine:
         *,
         n_chunk_frames: int,
         state: StreamState,
+        spell: bool = True,
     ) -> tuple[FloatArray, npt.NDArray[np.int64], StreamState]:
-        del n_chunk_frames
+        del n_chunk_frames, spell
         tokens = np.round(-features[0, ::SUBSAMPLING, 0] - 100).astype(int)
         log_probs = np.where(np.arange(len(SYMBOLS)) == tokens[:, None], 0.0, -20.0)
         n_frames = -(-feature_lengths // SUBSAMPLING)
@@ -76,6 +77,7 @@ def _segmenter(**settings: Any) -> Segmenter:
         n_mels=2,
         n_units=len(SYMBOLS),
         subsampling=SUBSAMPLING,
+        spell=True,
         mute=lambda _log_probs, _features: None,
     )
     return Segmenter(
@@ -83,7 +85,7 @@ def _segmenter(**settings: Any) -> Segmenter:
         EndpointSettings(**settings),
         subsampling=SUBSAMPLING,
         frame_s=FRAME_S,
-        n_tokens=len(SYMBOLS),
+        columns=slice(None),
         space=SPACE_TOKEN,
     )
 

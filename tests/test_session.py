@@ -156,7 +156,7 @@ def test_final_is_the_decoding_of_the_pass_that_was_asked_for(
 ) -> None:
     both = join_with_pauses([waveforms[0], waveforms[3]])
     heard = (np.frombuffer(to_pcm(both), "<i2") / 32768).astype(np.float32)
-    segmenter = recogniser.open_segmenter("fast", EndpointSettings())
+    segmenter = recogniser.open_segmenter("fast", EndpointSettings(), decoder)
     events = segmenter.push(log_mel(heard, recogniser.features))
     expected = [
         recogniser.segment(

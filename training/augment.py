@@ -1,9 +1,70 @@
-"""Augmentation of feature batches: SpecAugment, and the level and colour of a microphone."""
+"""Augmentation of feature batches: SpecAugment, microphones, noise, rooms and telephones."""
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
+
+from service.features import FeatureSettings, mel_centres_hz
+from training.config import AugmentSettings
+from training.data import Batch
+from training.noise import add_noise, narrow, reverberate
+
+_TELEPHONE_HZ: Final = (300.0, 3700.0)
+
+
+class Augmentation:
+    """What happens to the features of a training batch before the model sees them."""
+
+    def __init__(self, options: AugmentSettings, features: FeatureSettings, fill: Tensor) -> None:
+        """Take the settings; `fill` is what a masked value becomes, float32, (mel,)."""
+        self._options = options
+        self._fill = fill
+        self._frames_per_s = 1000 / features.hop_ms
+        centres_hz = mel_centres_hz(features)
+        self._n_bands_kept = int((centres_hz < _TELEPHONE_HZ[1]).sum())
+        self._n_bands_cut = int((centres_hz < _TELEPHONE_HZ[0]).sum())
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The features of a batch, changed; the global torch generator draws how."""
+        options, lengths = self._options, batch.feature_lengths
+        x = shift_level(batch.features, level_db=options.level_db, tilt_db=options.tilt_db)
+        if options.room_share:
+            x = reverberate(
+                x,
+                share=options.room_share,
+                longest_s=options.longest_room_s,
+                frames_per_s=self._frames_per_s,
+            )
+        if options.noise_share:
+            x = add_noise(
+                x,
+                lengths,
+                share=options.noise_share,
+                lowest_snr_db=options.lowest_snr_db,
+                highest_snr_db=options.highest_snr_db,
+                most_voices=options.most_voices,
+            )
+        if options.telephone_share:
+            x = narrow(
+                x,
+                share=options.telephone_share,
+                n_bands_kept=self._n_bands_kept,
+                n_bands_cut=self._n_bands_cut,
+            )
+        return spec_augment(
+            x,
+            lengths,
+            fill=self._fill,
+            n_frequency_masks=options.n_frequency_masks,
+            frequency_width=options.frequency_width,
+            time_masks_per_s=options.time_masks_per_s,
+            time_width_frames=options.time_width_frames,
+            time_share=options.time_share,
+            frames_per_s=self._frames_per_s,
+        )
 
 
 def spec_augment(

@@ -68,6 +68,9 @@ class ModelSettings(Settings):
     """Kind of recurrent cell."""
     n_layers: int = Field(default=4, ge=1)
     """Recurrent layers."""
+    n_spelling_layers: int = Field(default=0, ge=0)
+    """Recurrent layers that write tokens from the phone head's probabilities; 0 reads tokens off
+    the sound."""
     hidden_size: int = Field(default=320, ge=1)
     """Units of one direction of a layer."""
     bidirectional: bool = True

@@ -67,11 +67,11 @@ def compute_losses(
     phone_nll = phone_logits.sum() * 0.0
     if said.any():
         labels = lengths[said], phones[said], phone_lengths[said]
-        phone_nll = _ctc(phone_logits[said], *labels)
+        phone_nll = ctc_nll(phone_logits[said], *labels)
         if trigram is not None:
             phone_nll = phone_nll * (1 + ctc_share) + _compete(phone_logits[said], *labels, trigram)
     return Losses(
-        token_nll=_ctc(token_logits, lengths, tokens, token_lengths),
+        token_nll=ctc_nll(token_logits, lengths, tokens, token_lengths),
         phone_nll=phone_nll,
         n_tokens=token_lengths.sum(),
         n_phones=phone_lengths.sum(),
@@ -79,7 +79,15 @@ def compute_losses(
     )
 
 
-def _ctc(logits: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
+def ctc_nll(logits: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tensor) -> Tensor:
+    """Summed negative log likelihood by CTC; labels that do not fit into their frames cost nothing.
+
+    Args:
+        logits: raw, (batch, frames, label).
+        lengths: frames of each utterance, int64, (batch,).
+        labels: label ids, int64, (batch, label), padded.
+        label_lengths: int64, (batch,).
+    """
     log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # ctc_loss wants time first
     return ctc_loss(
         log_probs, labels, lengths, label_lengths, blank=BLANK, reduction="sum", zero_infinity=True

@@ -1,9 +1,12 @@
 """The acoustic model: strided convolutions, recurrent layers, two CTC heads.
 
 Log-mel features → two convolutions (subsampling 2, 3 or 4) → N residual recurrent layers with
-layer norm and dropout → logits over tokens and, beside them, over phones. The two directions of a
-layer are two recurrent networks; the reverse one reads each sequence flipped by its own length, so
-padding never reaches it, no sequence is packed, and the graph exports to ONNX with free axes.
+layer norm and dropout → logits over phones and, beside them, over tokens. Where there are spelling
+layers, the tokens are not read off the sound but spelt from the phones: the phone head's
+probabilities → M more recurrent layers → token logits. These can be trained on text
+(`training.spelling`). The two directions of a layer are two recurrent networks; the reverse one
+reads each sequence flipped by its own length, so padding never reaches it, no sequence is packed,
+and the graph exports to ONNX with free axes.
 
 One set of weights reads with full context or, for streaming, window by window (latency-controlled
 BLSTM, Zhang et al. 2016): a window is a chunk of frames and some frames to its right; the forward
@@ -31,6 +34,7 @@ _CELLS: Final[dict[Cell, Callable[..., nn.RNNBase]]] = {
 }
 _STRIDES: Final[dict[int, tuple[int, int]]] = {2: (2, 1), 3: (3, 1), 4: (2, 2)}
 _KERNEL: Final = 3
+_SPELLING: Final = ("spelling.", "token_head.")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class StreamState(NamedTuple):
     recurrent: Tensor
     """State of each layer's forward direction, float32, (batch, layer, part, hidden): an LSTM has
     two parts, output and cell, other cells one."""
+    spelling: Tensor
+    """The same of the spelling layers."""
 
 
 class AcousticModel(nn.Module):
@@ -70,6 +76,7 @@ class AcousticModel(nn.Module):
         n_phones: int,
         cell: Cell = "lstm",
         n_layers: int = 4,
+        n_spelling_layers: int = 0,
         hidden_size: int = 320,
         bidirectional: bool = True,
         subsampling: int = 4,
@@ -86,14 +93,18 @@ class AcousticModel(nn.Module):
         self.convolutions = ConvolutionalSubsampling(
             n_mels=n_mels, n_channels=n_channels, subsampling=subsampling, width=width
         )
-        self.layers = nn.ModuleList(
-            RecurrentLayer(width, hidden_size, cell=cell, bidirectional=bidirectional)
-            for _ in range(n_layers)
+        self.layers, spelling = (
+            nn.ModuleList(
+                RecurrentLayer(width, hidden_size, cell=cell, bidirectional=bidirectional)
+                for _ in range(n)
+            )
+            for n in (n_layers, n_spelling_layers)
         )
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
-        self.token_head = nn.Linear(width, n_tokens)
         self.phone_head = nn.Linear(width, n_phones)
+        self.spelling = Spelling(n_phones, spelling, width) if n_spelling_layers else None
+        self.token_head = nn.Linear(width, n_tokens)
 
     def forward(
         self, features: Tensor, feature_lengths: Tensor, chunking: Chunking | None = None
@@ -113,8 +124,32 @@ class AcousticModel(nn.Module):
         x = self._normalise(features)
         x, lengths, _ = self.convolutions(x, feature_lengths)  # (batch, frames, width)
         x = self.dropout(x)
-        x = self._read_whole(x, lengths) if chunking is None else self._read(x, lengths, chunking)
-        return *self._apply_heads(x), lengths
+        reading = self._begin_reading(lengths, x.shape[1], chunking)
+
+        def read(layers: nn.ModuleList, x: Tensor) -> Tensor:
+            return self._read(layers, x, reading)
+
+        token_logits, phone_logits = self._apply_heads(read(self.layers, reading.open(x)), read)
+        return reading.close(token_logits), reading.close(phone_logits), lengths
+
+    def spell(
+        self, probabilities: Tensor, lengths: Tensor, chunking: Chunking | None = None
+    ) -> Tensor:
+        """Compute token logits from what the phone head would say.
+
+        Args:
+            probabilities: of phones, float32, (batch, frames, phone).
+            lengths: frames of each utterance, int64, (batch,).
+            chunking: see `forward`.
+
+        Returns:
+            Token logits, raw, (batch, frames, token).
+        """
+        assert self.spelling is not None
+        reading = self._begin_reading(lengths, probabilities.shape[1], chunking)
+        x = self.spelling.embedding(reading.open(probabilities))
+        x = self._read(self.spelling.layers, x, reading)
+        return reading.close(self.token_head(self.dropout(self.spelling.norm(x))))
 
     def forward_window(
         self, features: Tensor, feature_lengths: Tensor, n_chunk: Tensor, state: StreamState
@@ -137,24 +172,26 @@ class AcousticModel(nn.Module):
         x = self._normalise(features)
         x, lengths, caches = self.convolutions(x, feature_lengths, state[:2], n_chunk)
         reverse = reversal_index(lengths, x.shape[1])
-        states = []
-        for layer, before in zip(self._stack, state.recurrent.unbind(1), strict=True):
-            y, edge = layer.read_windows(x, reverse, n_chunk, state=_split_state(before))
-            x = x + y if self.skip else y
-            states.append(_join_state(edge))
-        token_logits, phone_logits = self._apply_heads(x)
-        return (
-            token_logits,
-            phone_logits,
-            lengths,
-            StreamState(caches[0], caches[1], torch.stack(states, 1)),
-        )
+        before = iter((state.recurrent, state.spelling))
+        after = []
+
+        def read(layers: nn.ModuleList, x: Tensor) -> Tensor:
+            states = []
+            for layer, held in zip(_stack(layers), next(before).unbind(1), strict=True):
+                y, edge = layer.read_windows(x, reverse, n_chunk, state=_split_state(held))
+                x = x + y if self.skip else y
+                states.append(_join_state(edge))
+            after.append(torch.stack(states, 1))
+            return x
+
+        token_logits, phone_logits = self._apply_heads(read(self.layers, x), read)
+        return token_logits, phone_logits, lengths, StreamState(*caches, *after, *before)
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a model of the same shape, or of fewer layers.
+        """Take the weights of a model of the same shape, of fewer layers or without spelling ones.
 
         Layers that the other model lacks are added silent: what they give is zero, so this model
-        begins by saying what the other one says.
+        begins by saying what the other one says. Spelling layers begin as they are.
 
         Args:
             state: the other model's `state_dict`.
@@ -162,9 +199,12 @@ class AcousticModel(nn.Module):
         Raises:
             RuntimeError: the models differ in more than their number of layers.
         """
-        n_known = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         added: dict[str, Tensor] = {}
-        for i, layer in enumerate(self._stack[n_known:], n_known):
+        if self.spelling is not None and "spelling.norm.weight" not in state:
+            own = self.state_dict()
+            added = {name: own[name] for name in own if name.startswith(_SPELLING)}
+        n_known = len({name.split(".")[1] for name in state if name.startswith("layers.")})
+        for i, layer in enumerate(_stack(self.layers)[n_known:], n_known):
             layer.silence()
             added.update({f"layers.{i}.{name}": x for name, x in layer.state_dict().items()})
         self.load_state_dict({**state, **added})
@@ -178,49 +218,98 @@ class AcousticModel(nn.Module):
     def initial_state(self, batch_size: int) -> StreamState:
         """The state at the start of `batch_size` streams."""
         n_channels, n_mels = self.convolutions.first.out_channels, len(self.feature_mean)
-        first = self._stack[0].ahead
+        first = _stack(self.layers)[0].ahead
         n_parts = 2 if isinstance(first, nn.LSTM) else 1
+        n_spelling_layers = len(self.spelling.layers) if self.spelling is not None else 0
         return StreamState(
             features=torch.zeros(batch_size, 1, n_mels),
             convolved=torch.zeros(batch_size, n_channels, 1, _strided_length(n_mels, 2)),
             recurrent=torch.zeros(batch_size, len(self.layers), n_parts, first.hidden_size),
+            spelling=torch.zeros(batch_size, n_spelling_layers, n_parts, first.hidden_size),
         )
-
-    @property
-    def _stack(self) -> list[RecurrentLayer]:
-        return [layer for layer in self.layers if isinstance(layer, RecurrentLayer)]
 
     def _normalise(self, features: Tensor) -> Tensor:
         return (features - self.feature_mean) / self.feature_std
 
-    def _apply_heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.dropout(self.norm(x))
-        return self.token_head(x), self.phone_head(x)
+    def _apply_heads(
+        self, x: Tensor, read: Callable[[nn.ModuleList, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of tokens and phones from what the layers gave; `read` applies more of them."""
+        if self.spelling is None:
+            x = self.dropout(self.norm(x))
+            return self.token_head(x), self.phone_head(x)
+        phone_logits = self.phone_head(self.dropout(self.norm(x)))
+        x = read(self.spelling.layers, self.spelling.embedding(phone_logits.softmax(-1)))
+        return self.token_head(self.dropout(self.spelling.norm(x))), phone_logits
 
-    def _read_whole(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Every layer over whole utterances: (batch, frames, width) → the same."""
-        reverse = reversal_index(lengths, x.shape[1])
-        for layer in self.layers:
-            y = self.dropout(layer(x, reverse))
+    def _begin_reading(self, lengths: Tensor, n_frames: int, chunking: Chunking | None) -> _Reading:
+        if chunking is None:
+            return _Reading(lengths, n_frames)
+        n_right = chunking.n_right if self.bidirectional else 0
+        return _WindowedReading(lengths, n_frames, n_chunk=chunking.n_chunk, n_right=n_right)
+
+    def _read(self, layers: nn.ModuleList, x: Tensor, reading: _Reading) -> Tensor:
+        for layer in _stack(layers):
+            y = self.dropout(reading.apply(layer, x))
             x = x + y if self.skip else y
         return x
 
-    def _read(self, x: Tensor, lengths: Tensor, chunking: Chunking) -> Tensor:
-        """Every layer window by window: (batch, frames, width) → the same."""
-        batch_size, n_frames, width = x.shape
-        n_chunk = chunking.n_chunk
-        n_right = chunking.n_right if self.bidirectional else 0
-        n_windows = -(-n_frames // n_chunk)
-        x = nn.functional.pad(x, (0, 0, 0, n_windows * n_chunk + n_right - n_frames))
-        x = x.unfold(1, n_chunk + n_right, n_chunk)  # (batch, window, width, frames)
-        x = x.transpose(2, 3).flatten(0, 1)  # (batch * window, frames, width)
-        first = torch.arange(n_windows, device=x.device) * n_chunk
+
+class Spelling(nn.Module):
+    """What writes tokens from phones: an embedding, recurrent layers and their norm."""
+
+    def __init__(self, n_phones: int, layers: nn.ModuleList, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Linear(n_phones, width)
+        self.layers = layers
+        self.norm = nn.LayerNorm(width)
+
+
+class _Reading:
+    """How layers read whole utterances."""
+
+    def __init__(self, lengths: Tensor, n_frames: int) -> None:
+        self._reverse = reversal_index(lengths, n_frames)
+
+    def open(self, x: Tensor) -> Tensor:
+        """(batch, frames, width) → what `apply` takes."""
+        return x
+
+    def apply(self, layer: RecurrentLayer, x: Tensor) -> Tensor:
+        """One layer; the shape stays."""
+        y: Tensor = layer(x, self._reverse)
+        return y
+
+    def close(self, x: Tensor) -> Tensor:
+        """What `apply` gives → (batch, frames, width)."""
+        return x
+
+
+class _WindowedReading(_Reading):
+    """How layers read window by window: a batch of windows, (batch * window, frames, width)."""
+
+    def __init__(self, lengths: Tensor, n_frames: int, *, n_chunk: int, n_right: int) -> None:
+        self._n_frames, self._n_chunk, self._n_right = n_frames, n_chunk, n_right
+        self._n_windows = -(-n_frames // n_chunk)
+        first = torch.arange(self._n_windows, device=lengths.device) * n_chunk
         window_lengths = (lengths.unsqueeze(1) - first).clamp(0, n_chunk + n_right).flatten()
-        reverse = reversal_index(window_lengths, n_chunk + n_right)
-        for layer in self._stack:
-            y, _ = layer.read_windows(x, reverse, n_chunk, n_windows=n_windows)
-            x = x + self.dropout(y) if self.skip else self.dropout(y)
-        return x[:, :n_chunk].reshape(batch_size, n_windows * n_chunk, width)[:, :n_frames]
+        self._reverse = reversal_index(window_lengths, n_chunk + n_right)
+
+    def open(self, x: Tensor) -> Tensor:
+        """Cut into windows that overlap by the right context."""
+        n_padded = self._n_windows * self._n_chunk + self._n_right
+        x = nn.functional.pad(x, (0, 0, 0, n_padded - self._n_frames))
+        x = x.unfold(1, self._n_chunk + self._n_right, self._n_chunk)
+        return x.transpose(2, 3).flatten(0, 1)  # unfolded: (batch, window, width, frames)
+
+    def apply(self, layer: RecurrentLayer, x: Tensor) -> Tensor:
+        """One layer; its forward direction goes from chunk to chunk."""
+        return layer.read_windows(x, self._reverse, self._n_chunk, n_windows=self._n_windows)[0]
+
+    def close(self, x: Tensor) -> Tensor:
+        """Put the chunks side by side, without their right context."""
+        chunks = x[:, : self._n_chunk].unflatten(0, (-1, self._n_windows))
+        return torch.flatten(chunks, 1, 2)[:, : self._n_frames]
 
 
 class ConvolutionalSubsampling(nn.Module):
@@ -379,6 +468,10 @@ def output_lengths(feature_lengths: Tensor, subsampling: int) -> Tensor:
 
 
 _Length = TypeVar("_Length", int, Tensor)
+
+
+def _stack(layers: nn.ModuleList) -> list[RecurrentLayer]:
+    return [layer for layer in layers if isinstance(layer, RecurrentLayer)]
 
 
 def _strided_length(length: _Length, stride: int) -> _Length:

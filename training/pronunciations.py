@@ -1,4 +1,4 @@
-"""Which of a word's pronunciations was said: the likeliest one by a trained model.
+"""Which of a word's pronunciations was said, and when: the likeliest one by a trained model.
 
 The dictionary has several for many words ("the", "a", "and", "route"). A phone head that is trained
 on the usual one everywhere is trained on mistakes; one that has learned enough to hear the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -26,7 +27,8 @@ from training.data import BatchStream, Labels
 Variants = Sequence[tuple[int, ...]]
 """Phone ids of each pronunciation of a word."""
 
-_NONE: Final = -1
+_BETWEEN: Final = -1
+"""Owner of what lies between phones."""
 _IMPOSSIBLE: Final = -1e30
 
 
@@ -62,11 +64,9 @@ def choose_all(
         for n, row, length in zip(wanted, logits.log_softmax(-1), lengths.tolist(), strict=True):
             utterance = batch.utterance_ids[n]
             words = variants[utterance]
-            chosen = choose_pronunciations(row[:length], words)
-            if chosen is not None:
-                said[utterance] = tuple(
-                    phone for word, i in zip(words, chosen, strict=True) for phone in word[i]
-                )
+            spoken = align(row[:length], words)
+            if spoken is not None:
+                said[utterance] = tuple(phone for word in spoken for phone in word.phones)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(said))
     unfinished.rename(path)
@@ -80,15 +80,27 @@ def replace_phones(
     return {i: Labels(label.tokens, said.get(i, label.phones)) for i, label in labels.items()}
 
 
-def choose_pronunciations(log_probs: Tensor, words: Sequence[Variants]) -> list[int] | None:
-    """The likeliest pronunciation of each word, by the best CTC path (Viterbi).
+@dataclass(frozen=True)
+class SpokenWord:
+    """How a word was said."""
+
+    variant: int
+    """Which of its pronunciations it was."""
+    phones: tuple[int, ...]
+    """Phone ids of that pronunciation."""
+    first_frames: tuple[int, ...]
+    """Frame in which each phone begins."""
+
+
+def align(log_probs: Tensor, words: Sequence[Variants]) -> list[SpokenWord] | None:
+    """The likeliest pronunciation of each word, and where, by the best CTC path (Viterbi).
 
     Args:
         log_probs: of the phones, float32, (frames, phone), blank first.
         words: pronunciations of each word, none of them empty.
 
     Returns:
-        Which one it was for each word; None if there are too few frames for any.
+        How each word was said; None if there are too few frames for any way.
     """
     graph = _Graph(words)
     emitted = log_probs.numpy().astype(np.float64)[:, graph.units]  # (frames, state)
@@ -107,13 +119,20 @@ def choose_pronunciations(log_probs: Tensor, words: Sequence[Variants]) -> list[
     state = max(graph.last, key=lambda s: float(scores[s]))
     if scores[state] < _IMPOSSIBLE / 2:
         return None
-    chosen = [0] * len(words)
+    variants = [0] * len(words)
+    begins: list[list[int]] = [[] for _ in words]
     for t in range(n_frames - 1, -1, -1):
+        before = int(came_from[t, state]) if t > 0 else None
         word, variant = graph.owners[state]
-        if variant != _NONE:
-            chosen[word] = variant
-        state = came_from[t, state]
-    return chosen
+        if variant != _BETWEEN:
+            variants[word] = variant
+            if before != state:
+                begins[word].append(t)
+        state = before if before is not None else state
+    return [
+        SpokenWord(variant, known[variant], tuple(reversed(frames)))
+        for variant, known, frames in zip(variants, words, begins, strict=True)
+    ]
 
 
 class _Graph:
@@ -134,20 +153,20 @@ class _Graph:
         ends: list[int] = []  # of the word before
         self.first: list[int] = []
         for number, variants in enumerate(words):
-            pause = add(BLANK, (number, _NONE), ends)
+            pause = add(BLANK, (number, _BETWEEN), ends)
             heads, tails = [], []
             for i, phones in enumerate(variants):
                 sources = [pause, *(s for s in ends if units[s] != phones[0])]
                 state = add(phones[0], (number, i), sources)
                 heads.append(state)
                 for last, phone in pairwise(phones):
-                    gap = add(BLANK, (number, _NONE), [state])
+                    gap = add(BLANK, (number, _BETWEEN), [state])
                     state = add(phone, (number, i), [gap, *([state] if phone != last else [])])
                 tails.append(state)
             if number == 0:
                 self.first = [pause, *heads]
             ends = tails
-        pause = add(BLANK, (len(words), _NONE), ends)
+        pause = add(BLANK, (len(words), _BETWEEN), ends)
         self.last = [pause, *ends]
         self.units = np.array(units)
         self.owners = owners

@@ -58,8 +58,15 @@ def _train_understanding(tree: dict[str, Any], path: Path) -> None:
     train_understanding(validate(UnderstandingSettings, tree, path))
 
 
+def _train_spelling(tree: dict[str, Any], path: Path) -> None:
+    from training.spelling import SpellingSettings, train_spelling  # noqa: PLC0415
+
+    train_spelling(validate(SpellingSettings, tree, path))
+
+
 _TASKS: Final[dict[str, Callable[[dict[str, Any], Path], None]]] = {
     ACOUSTIC_MODEL: _train_acoustic_model,
     "language-model": _train_language_model,
+    "spelling": _train_spelling,
     "understanding": _train_understanding,
 }

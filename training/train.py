@@ -14,60 +14,40 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
 import torch
-from lhotse import CutSet
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from service.errors import TrainingError
-from service.features import FeatureSettings, mel_centres_hz
-from service.g2p import Pronouncer
 from service.scoring import ErrorCounts
 from service.text import CHARACTERS
-from training.augment import shift_level, spec_augment
+from training.augment import Augmentation
 from training.checkpoint import (
     Checkpoint,
     Progress,
     load_checkpoint,
     save_checkpoint,
 )
-from training.config import (
-    AugmentSettings,
-    ModelSettings,
-    StreamingSettings,
-    TrainingSettings,
-)
+from training.config import ModelSettings, StreamingSettings, TrainingSettings
+from training.corpus import EVALUATED_BATCH_S, prepare_corpora
 from training.crf import estimate_trigram
-from training.data import Batch, BatchStream, Labels, load_batches, make_labels, read_cuts
+from training.data import Batch, BatchStream, load_batches
 from training.distributed import World, join_world
 from training.evaluation import errors_by_corpus, greedy_transcripts
-from training.feature_store import FeatureStore, store_features
-from training.lexicon import (
-    PHONES,
-    Dictionary,
-    find_variants,
-    load_dictionary,
-    make_lexicon,
-)
+from training.lexicon import PHONES
 from training.loss import Losses, compute_losses
 from training.model import AcousticModel, Chunking
-from training.noise import add_noise, narrow, reverberate
 from training.precision import choose_precision, device_name
-from training.pronunciations import choose_all, replace_phones
 from training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
 _LOG_EVERY_S: Final = 10.0
-_DEV_BATCH_S: Final = 200.0
-_TELEPHONE_HZ: Final = (300.0, 3700.0)
 
 
 def train(settings: TrainingSettings) -> Progress:
@@ -82,20 +62,6 @@ def train(settings: TrainingSettings) -> Progress:
         return TrainingRun(settings, world).train()
 
 
-@dataclass(frozen=True)
-class _Corpus:
-    """Cuts, their labels, and their features at each speed (the first is normal speed)."""
-
-    cuts: CutSet
-    labels: Mapping[str, Labels]
-    stores: Sequence[FeatureStore]
-
-    @property
-    def hours(self) -> float:
-        durations_s = (float(cut.duration) for cut in self.cuts if cut.id in self.labels)
-        return sum(durations_s) / 3600
-
-
 class TrainingRun:
     """One run in its folder."""
 
@@ -105,9 +71,7 @@ class TrainingRun:
         self.world = world
         self.directory = settings.run.directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.dev = self._prepare(settings.data.dev, is_train=False)
-        self.corpus = self._prepare(settings.data.train, is_train=True)
-        _refuse_shared_speakers(self.corpus.cuts, self.dev.cuts)
+        self.corpus, self.dev = prepare_corpora(settings, world)
         torch.manual_seed(settings.run.seed)
         self.model = self._new_model().to(world.device)
         self.averaged = AveragedModel(
@@ -115,7 +79,7 @@ class TrainingRun:
         )
         self.optimiser = _new_optimiser(self.model, settings)
         self.progress = self._restore()
-        self.augment = _Augmentation(
+        self.augment = Augmentation(
             settings.augment, settings.features, self.model.feature_mean.cpu()
         )
         self.trigram = self._estimate_trigram()
@@ -229,9 +193,7 @@ class TrainingRun:
         """Score the averaged weights on the development set; keep them if they are the best."""
         averaged = self.averaged.module
         assert isinstance(averaged, AcousticModel)
-        batches = BatchStream(
-            self.dev.cuts, self.dev.labels, self.dev.stores, batch_s=_DEV_BATCH_S, seed=0, epoch=0
-        )
+        batches = self.dev.open_stream(batch_s=EVALUATED_BATCH_S)
         streaming = self.settings.streaming
         chunkings = [Chunking(*c) for c in streaming.chunkings] if streaming.share else []
         counts = self._count_errors(averaged, batches, None)
@@ -270,66 +232,9 @@ class TrainingRun:
         )
         return errors_by_corpus(
             transcripts,
-            references={cut.id: cut.supervisions[0].text for cut in self.dev.cuts},
-            corpora={cut.id: cut.supervisions[0].custom["corpus"] for cut in self.dev.cuts},
+            references=self.dev.texts,
+            corpora=self.dev.names,
         )
-
-    def _prepare(self, manifests: Sequence[Path], *, is_train: bool) -> _Corpus:
-        data = self.settings.data
-        cuts = read_cuts(manifests, corpora=data.corpora if is_train else ())
-        dictionary = self._pronounce_words(cuts)
-        labels, report = make_labels(
-            cuts,
-            tokens=CHARACTERS,
-            dictionary=dictionary,
-            subsampling=self.settings.model.subsampling,
-            frames_per_s=1 / self.frame_s,
-            fastest=max(data.speeds) if is_train else 1.0,
-            shortest_s=data.shortest_s if is_train else 0.0,
-            longest_s=data.longest_s if is_train else float("inf"),
-            held_out_speakers=data.held_out_speakers if is_train else (),
-        )
-        self._say(f"{'train' if is_train else 'dev'}: {report}")
-        if not labels:
-            raise TrainingError("no utterance is left to train on or to evaluate; see the counts")
-        speeds = sorted(data.speeds, key=lambda s: s != 1.0) if is_train else [1.0]
-        stores = self.world.find_or_compute(
-            lambda: [
-                store_features(
-                    cuts,
-                    speed=speed,
-                    settings=self.settings.features,
-                    cache=data.cache,
-                    n_jobs=data.n_jobs,
-                )
-                for speed in speeds
-            ]
-        )
-        corpus = _Corpus(cuts, labels, stores)
-        return self._align(corpus, dictionary) if is_train else corpus
-
-    def _align(self, corpus: _Corpus, dictionary: Dictionary) -> _Corpus:
-        """The corpus with the pronunciations that were said, where there is a model to tell."""
-        aligner = self.settings.data.aligner
-        if aligner is None:
-            return corpus
-        variants = {
-            cut.id: find_variants(cut.supervisions[0].text, dictionary)
-            for cut in corpus.cuts
-            if cut.id in corpus.labels and corpus.labels[cut.id].phones
-        }
-        stream = BatchStream(
-            corpus.cuts, corpus.labels, corpus.stores[:1], batch_s=_DEV_BATCH_S, seed=0, epoch=0
-        )
-        path = self.directory / "pronunciations.json"
-        said = self.world.find_or_compute(lambda: choose_all(aligner, stream, variants, path))
-        return replace(corpus, labels=replace_phones(corpus.labels, said))
-
-    def _pronounce_words(self, cuts: CutSet) -> Dictionary:
-        """The pronunciations of all words of the transcripts that one is known for."""
-        words = sorted({word for cut in cuts for word in cut.supervisions[0].text.split()})
-        g2p = self.settings.data.g2p
-        return make_lexicon(words, load_dictionary(), Pronouncer(g2p).pronounce if g2p else None)
 
     def _new_model(self) -> AcousticModel:
         model = AcousticModel(
@@ -399,17 +304,13 @@ class TrainingRun:
     def open_stream(self, *, first_batch: int) -> BatchStream:
         """The training batches of this pass, from one of them on."""
         options = self.settings.optimiser
-        return BatchStream(
-            self.corpus.cuts,
-            self.corpus.labels,
-            self.corpus.stores,
+        return self.corpus.open_stream(
             batch_s=options.batch_s,
             seed=self.settings.run.seed,
             epoch=self.progress.epoch,
             first_batch=first_batch,
             shortest_first=self.progress.epoch < options.n_sorted_epochs,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            world=self.world,
         )
 
     def _choose_precision(self) -> torch.dtype:
@@ -501,57 +402,6 @@ def draw_chunking(settings: StreamingSettings, *, seed: int) -> Chunking | None:
     return Chunking(*draw.choice(settings.chunkings))
 
 
-class _Augmentation:
-    """What happens to the features of a training batch before the model sees them."""
-
-    def __init__(self, options: AugmentSettings, features: FeatureSettings, fill: Tensor) -> None:
-        """Take the settings; `fill` is what a masked value becomes, float32, (mel,)."""
-        self._options = options
-        self._fill = fill
-        self._frames_per_s = 1000 / features.hop_ms
-        centres_hz = mel_centres_hz(features)
-        self._n_bands_kept = int((centres_hz < _TELEPHONE_HZ[1]).sum())
-        self._n_bands_cut = int((centres_hz < _TELEPHONE_HZ[0]).sum())
-
-    def __call__(self, batch: Batch) -> Tensor:
-        options, lengths = self._options, batch.feature_lengths
-        x = shift_level(batch.features, level_db=options.level_db, tilt_db=options.tilt_db)
-        if options.room_share:
-            x = reverberate(
-                x,
-                share=options.room_share,
-                longest_s=options.longest_room_s,
-                frames_per_s=self._frames_per_s,
-            )
-        if options.noise_share:
-            x = add_noise(
-                x,
-                lengths,
-                share=options.noise_share,
-                lowest_snr_db=options.lowest_snr_db,
-                highest_snr_db=options.highest_snr_db,
-                most_voices=options.most_voices,
-            )
-        if options.telephone_share:
-            x = narrow(
-                x,
-                share=options.telephone_share,
-                n_bands_kept=self._n_bands_kept,
-                n_bands_cut=self._n_bands_cut,
-            )
-        return spec_augment(
-            x,
-            lengths,
-            fill=self._fill,
-            n_frequency_masks=options.n_frequency_masks,
-            frequency_width=options.frequency_width,
-            time_masks_per_s=options.time_masks_per_s,
-            time_width_frames=options.time_width_frames,
-            time_share=options.time_share,
-            frames_per_s=self._frames_per_s,
-        )
-
-
 def _new_optimiser(model: AcousticModel, settings: TrainingSettings) -> torch.optim.AdamW:
     """AdamW that decays weight matrices only, not biases or norms."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -561,16 +411,6 @@ def _new_optimiser(model: AcousticModel, settings: TrainingSettings) -> torch.op
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=settings.optimiser.learning_rate, betas=(0.9, 0.98))
-
-
-def _refuse_shared_speakers(train: CutSet, dev: CutSet) -> None:
-    shared = {c.supervisions[0].speaker for c in train} & {c.supervisions[0].speaker for c in dev}
-    shared.discard("")
-    if shared:
-        raise TrainingError(
-            f"speakers {sorted(shared)[:5]} are in the training and the development set; "
-            "an error rate on them would be too good: move them to one side"
-        )
 
 
 def _clock(seconds: float) -> str:

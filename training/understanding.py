@@ -132,6 +132,9 @@ class UnderstandingOptimiser(Settings):
     """Decoupled weight decay."""
     clip_norm: float = Field(default=5.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    consistency: float = Field(default=0.0, ge=0)
+    """Weight of the divergence between two readings of each sentence that differ in what dropout
+    takes away (R-Drop, Liang et al. 2021); 0 reads each once."""
     average_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
 
@@ -621,6 +624,8 @@ class _Run:
         """Negative log probability of labels and intent, a sentence."""
         draw = random.Random(f"{self.seed} step {self.weights.progress.step}")
         varied = [self._vary(sentence, draw) for sentence in batch]
+        if self.options.consistency:
+            varied *= 2
         encoded = self.encoder.encode([sentence.words for sentence in varied])
         words, characters, lengths = map(torch.from_numpy, encoded)
         labels = torch.zeros_like(words)
@@ -632,8 +637,13 @@ class _Run:
         model.train()
         with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
             emissions, log_probs = model(self._hide(words), characters, lengths)
-        label_loss = -model.crf.log_prob(emissions, labels, lengths).mean()
-        return label_loss + nn.functional.nll_loss(log_probs, intents)
+        loss = nn.functional.nll_loss(log_probs, intents)
+        loss = loss - model.crf.log_prob(emissions, labels, lengths).mean()
+        if self.options.consistency:
+            inside = torch.arange(words.shape[1]).unsqueeze(0) < lengths.unsqueeze(1)
+            apart = _divergence(log_probs) + _divergence(emissions.log_softmax(-1), inside)
+            loss = loss + self.options.consistency * apart
+        return loss
 
     def _vary(self, sentence: LabelledSentence, draw: random.Random) -> LabelledSentence:
         sentence = swap_values(sentence, self.values, probability=self.augment.swap, draw=draw)
@@ -705,6 +715,22 @@ def _read_data(
         return list(parts.train), list(parts.dev)
     train = [sentence for path in data.train for sentence in read_sentences(path)]
     return train, [sentence for path in data.dev for sentence in read_sentences(path)]
+
+
+def _divergence(log_probs: Tensor, inside: Tensor | None = None) -> Tensor:
+    """How far the second half of a batch departs from the first, a sentence of the half, ().
+
+    The mean of the Kullback-Leibler divergences of both directions.
+
+    Args:
+        log_probs: natural log, float32, (batch, ..., class), the two readings one after the other.
+        inside: what counts, bool, (batch, ...); None counts everything.
+    """
+    one, other = log_probs.chunk(2)
+    both = 0.5 * ((one.exp() - other.exp()) * (one - other)).sum(-1)  # (batch / 2, ...)
+    if inside is not None:
+        both = both * inside.chunk(2)[0]
+    return both.sum() / len(one)
 
 
 def _find_rare(sentences: Sequence[LabelledSentence], vocabulary: Vocabulary) -> Tensor:
