@@ -112,7 +112,11 @@ def _fit(directory: Path, **settings: Any) -> Path:
         augment=settings.pop("augment", UnderstandingAugment(word_dropout=0.05, swap=0.2)),
         confusions=settings.pop("confusions", {"latte": ("latter", "ladder")}),
         optimiser=UnderstandingOptimiser(
-            n_epochs=n_epochs, batch_size=8, learning_rate=2e-2, average_decay=0.9
+            n_epochs=n_epochs,
+            batch_size=8,
+            learning_rate=2e-2,
+            average_decay=0.9,
+            consistency=settings.pop("consistency", 0.0),
         ),
         **settings,
     )
@@ -302,6 +306,24 @@ def test_noisy_training_learns_its_sentences(tmp_path: Path) -> None:
         predict(load_understanding(best), [s.words for s in sentences]), sentences
     )
     assert scores.sentence_accuracy > 0.9
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_consistency_counts_where_readings_differ(tmp_path: Path, dropout: float) -> None:
+    weights = [
+        load_understanding(
+            _fit(
+                tmp_path / f"{consistency}",
+                n_epochs=1,
+                model=_SHAPE.model_copy(update={"dropout": dropout}),
+                augment=UnderstandingAugment(word_dropout=0.0, rare_dropout=0.0, swap=0.0),
+                consistency=consistency,
+            )
+        ).state_dict()
+        for consistency in (0.5, 50.0)
+    ]
+    equal = all(torch.allclose(weights[0][name], weights[1][name]) for name in weights[0])
+    assert equal == (dropout == 0.0)
 
 
 def test_training_keeps_the_best_pass(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import logging
 import random
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -280,15 +282,19 @@ class _Run:
         initial = load_checkpoint(settings.run.initial_checkpoint)
         listener = load_model(initial)
         augment = Augmentation(settings.augment, settings.features, listener.feature_mean)
-        chunking = Chunking(*settings.streaming.chunkings[0]) if settings.streaming.share else None
+        readings: list[Chunking | None] = [None]
+        if settings.streaming.share:
+            readings.append(Chunking(*settings.streaming.chunkings[0]))
+        hear_once = partial(
+            _hear_once, settings.run.directory, listener, precision=settings.run.precision
+        )
         self.hearings = [
-            self._open_hearing(f"heard-{number}", listener, train, number, disturb, reading)
-            for number, (disturb, reading) in enumerate(
-                [(None, None), (augment, None), (None, chunking), (augment, chunking)]
-            )
-            if number < 2 or chunking is not None
+            _Hearing(heard, Voice(heard), chunking)
+            for chunking in readings
+            for disturb in (None, augment)
+            for heard in [hear_once("train", train, augment=disturb, chunking=chunking)]
         ]
-        self.dev_heard = self._hear("heard-dev", listener, dev, 0, None, None)
+        self.dev_heard = hear_once("dev", dev, augment=None, chunking=None)
         self.texts = train.texts
         lexicon = parse_dictionary(settings.text.lexicon.read_text(encoding="utf-8"))
         voices = [hearing.voice for hearing in self.hearings]
@@ -378,53 +384,6 @@ class _Run:
         table = ", ".join(f"{n or 'total'} {c.wer:.1%} / {c.cer:.1%}" for n, c in counts.items())
         logger.info("pass %d: dev greedy WER / CER: %s", self.weights.progress.epoch, table)
 
-    def _open_hearing(
-        self,
-        name: str,
-        listener: AcousticModel,
-        corpus: Corpus,
-        number: int,
-        augment: Augmentation | None,
-        chunking: Chunking | None,
-    ) -> _Hearing:
-        heard = self._hear(name, listener, corpus, number, augment, chunking)
-        return _Hearing(heard, Voice(heard), chunking)
-
-    def _hear(
-        self,
-        name: str,
-        listener: AcousticModel,
-        corpus: Corpus,
-        number: int,
-        augment: Augmentation | None,
-        chunking: Chunking | None,
-    ) -> Heard:
-        """Hear a corpus once; what was heard is kept in the run's folder."""
-        path = self.settings.run.directory / f"{name}.npz"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = corpus.open_stream(batch_s=EVALUATED_BATCH_S, epoch=number)
-            batch = next(iter(stream))
-
-            def try_in(dtype: torch.dtype) -> None:
-                hear(listener, [batch], {}, dtype=dtype)
-
-            dtype = choose_precision(try_in, self.settings.run.precision)
-            torch.manual_seed(number)
-            heard = hear(
-                listener,
-                tqdm(stream, name, len(stream.plan()), unit="batch", mininterval=5.0),
-                corpus.variants,
-                augment=augment,
-                chunking=chunking,
-                dtype=dtype,
-            )
-            unfinished = path.with_suffix(".unfinished.npz")
-            np.savez(unfinished, **vars(heard))
-            unfinished.rename(path)
-        with np.load(path) as fields:
-            return Heard(**fields)
-
     def _make_batches(self) -> list[list[_Example]]:
         """The batches of this pass: each of one hearing, and of similar lengths."""
         epoch, text = self.weights.progress.epoch, self.settings.text
@@ -502,3 +461,44 @@ class _Run:
                 f"{self.weights.directory} holds a run of another model; "
                 "choose another run.directory or delete it"
             )
+
+
+def _hear_once(
+    folder: Path,
+    listener: AcousticModel,
+    part: str,
+    corpus: Corpus,
+    *,
+    augment: Augmentation | None,
+    chunking: Chunking | None,
+    precision: str,
+) -> Heard:
+    """Hear a corpus; what was heard is kept in the folder, and found there the next time."""
+    way = "plain" if augment is None else "disturbed"
+    reading = "whole" if chunking is None else f"{chunking.n_chunk}+{chunking.n_right}"
+    name = f"heard-{part}-{way}-{reading}"
+    path = folder / f"{name}.npz"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        seed = zlib.crc32(name.encode())  # each way has speeds of its own
+        stream = corpus.open_stream(batch_s=EVALUATED_BATCH_S, seed=seed)
+        batch = next(iter(stream))
+
+        def try_in(dtype: torch.dtype) -> None:
+            hear(listener, [batch], {}, dtype=dtype)
+
+        dtype = choose_precision(try_in, precision)
+        torch.manual_seed(seed)
+        heard = hear(
+            listener,
+            tqdm(stream, name, len(stream.plan()), unit="batch", mininterval=5.0),
+            corpus.variants,
+            augment=augment,
+            chunking=chunking,
+            dtype=dtype,
+        )
+        unfinished = path.with_suffix(".unfinished.npz")
+        np.savez(unfinished, **vars(heard))
+        unfinished.rename(path)
+    with np.load(path) as fields:
+        return Heard(**fields)
