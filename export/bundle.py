@@ -256,7 +256,6 @@ def _write_description(
     provenance = {
         "trained_on": checkpoint.settings["data"]["corpora"] or "all corpora of the manifests",
         "model": checkpoint.settings["model"],
-        "n_epochs": checkpoint.progress.epoch,
         "audio_seen_h": round(checkpoint.progress.audio_s / 3600, 1),
         "weights": "int8 (7 bits, dynamic, per channel)" if int8 else "float32",
         "measured": measured,

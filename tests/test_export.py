@@ -39,7 +39,7 @@ from service.decoding.ngram import load_ngram
 from service.errors import ExportError, ManifestError, TrainingError
 from service.recogniser import load_recogniser
 from service.text import CHARACTERS
-from training.checkpoint import load_checkpoint, load_model, save_checkpoint
+from training.checkpoint import load_checkpoint, load_model, save_checkpoint, save_weights
 from training.config import TrainingSettings
 from training.lexicon import PHONES
 from training.model import AcousticModel, Cell
@@ -359,8 +359,27 @@ def test_model_card_names_corpora_and_figures(checkpoint: Path, tmp_path: Path) 
             row = f"| {profile}{kind} | 50.0% / 80.0% | 25.0% / 33.3% | 33.3% / 54.5% |"
             assert row in lines
     (trained,) = [line for line in lines if line.startswith("Trained with")]
-    assert "2 passes (2.0 hours" in trained
+    assert "(2.0 hours of audio seen" in trained
     assert trained.endswith("on: tones, chimes.")
+
+
+def test_bundle_of_a_model_that_spells_recognises_and_says_so(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    model = make_model(n_layers=1, hidden_size=32, n_spelling_layers=2)
+    spelling = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"n_spelling_layers": 2})}
+    )
+    save_weights(make_checkpoint(model, spelling), tmp_path / "spelling.pt")
+    for int8 in (True, False):
+        folder = tmp_path / f"int8-{int8}"
+        export_bundle(tmp_path / "spelling.pt", folder, name="x", language="en", int8=int8)
+        assert "2 further layers write from the phones" in (folder / "MODEL_CARD.md").read_text()
+        recogniser = load_recogniser(folder, decoders=("greedy",))
+        features = np.full((50, settings.features.n_mels), -8, np.float32)
+        assert np.isfinite(recogniser.emission(features)).all()
+        first_pass = recogniser.open_first_pass("fast", "greedy")
+        assert np.isfinite(first_pass.push(features)).all()
 
 
 def test_model_card_says_that_nothing_was_measured(checkpoint: Path, tmp_path: Path) -> None:
@@ -565,12 +584,12 @@ def test_bundle_config_keeps_the_settings_of_the_run(
 ) -> None:
     trained = load_checkpoint(checkpoint)
     save_checkpoint(
-        replace(trained, progress=replace(trained.progress, epoch=9)), tmp_path / "last.pt"
+        replace(trained, progress=replace(trained.progress, audio_s=9 * 3600)), tmp_path / "last.pt"
     )
     export_bundle(tmp_path / "last.pt", tmp_path / "tones", name="x", language="en", int8=False)
     config = json.loads((tmp_path / "tones" / "config.json").read_text())
     assert config["features"] == settings.features.model_dump(mode="json")
     assert config["provenance"]["model"] == settings.model.model_dump(mode="json")
-    assert config["provenance"]["n_epochs"] == 9
+    assert config["provenance"]["audio_seen_h"] == 9
     assert config["tokens"] == list(CHARACTERS)
     assert config["phones"] == list(PHONES)

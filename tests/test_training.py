@@ -392,7 +392,7 @@ def test_run_starts_from_the_weights_of_an_initial_checkpoint(
     )
     _assert_same(dict(run.model.state_dict()), load_checkpoint(initial).averaged)
     _assert_same(dict(run.averaged.module.state_dict()), load_checkpoint(initial).averaged)
-    assert run.progress == Progress()
+    assert run.progress == Progress(audio_s=7200.0)  # what those weights have heard
 
 
 def test_fine_tuning_takes_the_shape_of_its_checkpoint(corpus: TinyCorpus, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ class Progress:
     step: int = 0
     """Optimiser steps since the start."""
     audio_s: float = 0.0
-    """Audio trained on since the start, seconds."""
+    """Audio trained on, seconds; that of the checkpoint that a run starts from included."""
     best_cer: float = float("inf")
     """Lowest character error rate on the development set."""
 

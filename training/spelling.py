@@ -35,7 +35,7 @@ from service.errors import TrainingError
 from service.scoring import ErrorCounts
 from service.text import BLANK, CHARACTERS, collapse, decode, encode
 from training.augment import Augmentation
-from training.checkpoint import load_checkpoint, load_model
+from training.checkpoint import Progress, load_checkpoint, load_model
 from training.config import Settings, TrainingSettings
 from training.corpus import EVALUATED_BATCH_S, Corpus, prepare_corpora
 from training.data import Batch
@@ -342,6 +342,7 @@ class _Run:
             average_decay=options.average_decay,
             checkpoint_every_s=settings.run.checkpoint_every_s,
         )
+        self.weights.progress = Progress(audio_s=initial.progress.audio_s)
         self.weights.restore(self._refuse_another)
         logger.info(
             "%.1f M parameters are trained, %d sentences of text, %s",

@@ -73,6 +73,8 @@ class TrainingRun:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.corpus, self.dev = prepare_corpora(settings, world)
         torch.manual_seed(settings.run.seed)
+        initial = settings.run.initial_checkpoint
+        self.initial = None if initial is None else load_checkpoint(initial)
         self.model = self._new_model().to(world.device)
         self.averaged = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.optimiser.average_decay)
@@ -246,13 +248,13 @@ class TrainingRun:
         mean, std = self.corpus.stores[0].statistics(sorted(self.corpus.labels))
         model.feature_mean.copy_(mean)
         model.feature_std.copy_(std)
-        initial = self.settings.run.initial_checkpoint
-        if initial is not None:
+        if self.initial is not None:
             try:
-                model.adopt(load_checkpoint(initial).averaged)
+                model.adopt(self.initial.averaged)
             except RuntimeError as error:
                 raise TrainingError(
-                    f"{initial} holds another model than [model] describes: {error}"
+                    f"{self.settings.run.initial_checkpoint} holds another model than [model] "
+                    f"describes: {error}"
                 ) from error
         return model
 
@@ -270,7 +272,7 @@ class TrainingRun:
         if not path.exists():
             if self.world.is_main:
                 (self.directory / "settings.json").write_text(json.dumps(plain, indent=2) + "\n")
-            return Progress()
+            return Progress(audio_s=self.initial.progress.audio_s if self.initial else 0.0)
         checkpoint = load_checkpoint(path)
         held = ModelSettings.model_validate(checkpoint.settings["model"])
         if held.model_copy(update={"dropout": self.settings.model.dropout}) != self.settings.model:
