@@ -1,6 +1,6 @@
 """What second-pass rescoring is worth: word error rate before and after, and its time.
 
-python benchmarks/rescoring.py DEV.jsonl RESCORER.onnx [--bundle DIR] [--corpus NAME]
+python benchmarks/rescoring.py DEV.jsonl RESCORER.onnx [--bundle DIR] [--corpus NAME] [--history N]
 
 The search gives the 100 best readings of each utterance. A reading's new score is the search's
 score (acoustics, n-gram, words), plus a weight times what the recurrent model says of it, plus one
@@ -25,7 +25,7 @@ from service.decoding.hypothesis import FloatArray, Hypothesis
 from service.decoding.ngram import NgramModel, load_ngram
 from service.errors import InputError
 from service.recogniser import make_beam_decoder
-from service.rescorer import BOUNDARY_ID, Rescorer, build_trie
+from service.rescorer import BOUNDARY_ID, N_HISTORY, Rescorer, build_levels
 from service.rescoring import describe_readings
 from service.tuning import fit_rescoring, read_items, score_readings
 from training.precision import processor_name
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--corpus", default="", help="only these lines of the manifest")
     parser.add_argument("--n-best", type=int, default=100)
+    parser.add_argument("--history", type=int, default=N_HISTORY, help="pieces; 0 reads each")
     arguments = parser.parse_args()
     folder = find_bundle(arguments.bundle)
     bundle = load_bundle(folder)
@@ -59,14 +60,15 @@ def main() -> None:
         raise InputError(f"{folder} has no language model; the search needs one")
     lm, head = load_ngram(bundle.ngram), bundle.config.decoding.search_tokens
     decoder = make_beam_decoder(bundle, lm, head, bundle.config.decoding.of(head))
-    rescorer = Rescorer(arguments.rescorer)
+    n_history = arguments.history or None
+    rescorer = Rescorer(arguments.rescorer, n_history=n_history)
     wanted = arguments.corpus
     items = [i for i in read_items(folder, arguments.manifest) if wanted in ("", i.corpus)]
     rescorer.score([["warm", "up"]])
     found = [decoder.decode(i.emissions[head], n_best=arguments.n_best) for i in items]
     print(f"{len(items)} utterances of {wanted or 'all corpora'}, {head}, {processor_name()}")
     _report_search(decoder, [i.emissions[head] for i in items], n_read=arguments.n_best)
-    _report_times([_time_list(readings, rescorer, lm) for readings in found])
+    _report_times([_time_list(readings, rescorer, lm, n_history) for readings in found])
     fit_rescoring(
         items, [score_readings(i, r, rescorer, lm) for i, r in zip(items, found, strict=True)]
     )
@@ -88,7 +90,9 @@ def _report_search(decoder: BeamDecoder, emissions: Sequence[FloatArray], *, n_r
         print(f"search, {name}: {1000 * np.median(seconds):.1f} ms (median)")
 
 
-def _time_list(found: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel) -> TimedList:
+def _time_list(
+    found: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel, n_history: int | None
+) -> TimedList:
     readings = [reading.text.split() for reading in found]
     start = time.perf_counter()
     describe_readings(readings, rescorer, lm)
@@ -100,7 +104,7 @@ def _time_list(found: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel) 
     return TimedList(
         n_readings=len(found),
         n_words=len(found[0].words),
-        n_nodes=sum(len(level.tokens) for level in build_trie(pieces)[0]),
+        n_nodes=sum(len(level.tokens) for level in build_levels(pieces, n_history)[0]),
         seconds=seconds,
     )
 

@@ -95,7 +95,7 @@ class RescorerStep(nn.Module):
     def forward(
         self, tokens: Tensor, parents: Tensor, rows: Tensor, wanted: Tensor, *states: Tensor
     ) -> tuple[Tensor, ...]:
-        """Step; the arguments are those of `service.rescorer.TrieLevel`, and the states above.
+        """Step; the arguments are those of `service.rescorer.Level`, and the states above.
 
         Returns:
             Log probability of each edge, float32, (edge,), and each node's new states.
@@ -243,7 +243,7 @@ def _measure_graph(model: LanguageModel, path: Path) -> Difference:
     """
     sentences = _sample(model, n_sentences=_N_CHECKED, n_tokens=_CHECKED_TOKENS)
     expected = _score_tokens(model, sentences)
-    actual = Rescorer(path).score_tokens(sentences)
+    actual = Rescorer(path, n_history=None).score_tokens(sentences)
     lengths = np.array([len(sentence) for sentence in sentences])
     differences = np.abs(actual - expected)
     return Difference(float(differences.max()), float((differences / lengths).mean()))

@@ -1,8 +1,9 @@
 """Second-pass rescoring: what a recurrent language model says of whole hypotheses.
 
-The model reads pieces of words. Hypotheses of one utterance share their beginnings, so they form a
-trie; its nodes are scored depth by depth, all nodes of a depth in one run of the graph. The graph
-brings its pieces, so that the file alone is enough.
+The model reads pieces of words. Hypotheses of one utterance share most of what they say, so they
+form a lattice: beginnings of equal length that end in the same pieces are one node, which goes on
+from the first of them. Its nodes are scored depth by depth, all nodes of a depth in one run of the
+graph. The graph brings its pieces, so that the file alone is enough.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ IntArray = npt.NDArray[np.int64]
 
 RESCORER_INPUTS: Final = ("tokens", "parents", "rows", "wanted")
 RESCORER_OUTPUT: Final = "log_probs"
+N_HISTORY: Final = 8
+"""Pieces in which beginnings of a list must agree to be read as one: five or six words."""
 BOUNDARY_ID: Final = 0
 """The piece that ends a sentence, and that is read before its first word."""
 UNKNOWN_ID: Final = 1
@@ -118,38 +121,38 @@ class Pieces:
         )
 
 
-class TrieLevel(NamedTuple):
-    """The nodes of one depth that have a continuation, and the edges that leave them.
-
-    Fields that are named in `RESCORER_INPUTS` go to the graph.
-    """
+class Level(NamedTuple):
+    """The nodes of one depth, and the edges that leave them; named as the graph's inputs."""
 
     tokens: IntArray
-    """Piece of each node, int64, (node,)."""
+    """Piece that leads to each node, int64, (node,)."""
     parents: IntArray
-    """Place of its parent among the nodes one level up, int64, (node,)."""
+    """Place among the nodes one level up of the one that each goes on from, int64, (node,)."""
     rows: IntArray
     """The node that each edge leaves, int64, (edge,)."""
     wanted: IntArray
     """The piece that each edge adds, int64, (edge,)."""
-    edges: IntArray
-    """The edge one level up that leads to each node, int64, (node,)."""
 
 
 class Rescorer:
     """A recurrent language model of whole sentences; safe to share by threads."""
 
-    def __init__(self, graph: Path, *, n_threads: int = 1) -> None:
+    def __init__(
+        self, graph: Path, *, n_threads: int = 1, n_history: int | None = N_HISTORY
+    ) -> None:
         """Load the graph.
 
         Args:
             graph: an ONNX file that `export_rescorer` wrote.
             n_threads: threads of one run.
+            n_history: beginnings of a list that agree in so many pieces at their end are read as
+                one; None reads each.
 
         Raises:
             BundleError: the file is missing, damaged or another graph.
             ProviderError: two onnxruntime packages are installed.
         """
+        self._n_history = n_history
         self._session, self.pieces = open_described(
             graph, Pieces.from_metadata, "rescorer", n_threads=n_threads, keeps_memory=True
         )
@@ -166,11 +169,12 @@ class Rescorer:
     def score(self, hypotheses: Sequence[Sequence[str]]) -> npt.NDArray[np.float64]:
         """Natural log probability of each hypothesis, the end of the sentence included.
 
-        What else is in the list changes no score. An empty hypothesis is a sentence without words;
-        a word outside the model's pieces is read as its unknown piece.
+        An empty hypothesis is a sentence without words; a word outside the model's pieces is read
+        as its unknown piece.
 
         Args:
-            hypotheses: words as `normalise` writes them, of each hypothesis.
+            hypotheses: words as `normalise` writes them, of each hypothesis, the likeliest first:
+                where beginnings are read as one, it is as the first of them.
 
         Returns:
             float64, (hypothesis,).
@@ -186,14 +190,13 @@ class Rescorer:
         Returns:
             float64, (sentence,).
         """
-        levels, ends = build_trie(sentences)
-        totals: list[npt.NDArray[np.float64]] = []
-        above, states = np.zeros(1), self._start
-        for level in levels:
+        levels, paths = build_levels(sentences, self._n_history)
+        scores = np.zeros(len(sentences))
+        states = self._start
+        for level, path in zip(levels, paths, strict=True):
             log_probs, *states = self._run(level, states)
-            above = above[level.edges[level.rows]] + log_probs
-            totals.append(above)
-        return np.array([totals[depth][place] for depth, place in ends])
+            scores += np.where(path >= 0, log_probs[path], 0.0)
+        return scores
 
     def _encode_sentence(self, words: Sequence[str]) -> tuple[int, ...]:
         strange = [word for word in words if not word or any(c.isspace() for c in word)]
@@ -203,48 +206,49 @@ class Rescorer:
             )
         return (*(piece for word in words for piece in self._encode(word)), BOUNDARY_ID)
 
-    def _run(self, level: TrieLevel, states: Sequence[FloatArray]) -> list[npt.NDArray[np.float32]]:
+    def _run(self, level: Level, states: Sequence[FloatArray]) -> list[npt.NDArray[np.float32]]:
         """The log_probs of a level's edges, float32, (edge,), and the states of its nodes."""
-        inputs: dict[str, npt.NDArray[Any]] = {
-            name: getattr(level, name) for name in RESCORER_INPUTS
-        }
+        inputs: dict[str, npt.NDArray[Any]] = level._asdict()
         inputs.update(zip(self._state_names, states, strict=True))
         found: list[npt.NDArray[np.float32]] = self._session.run(self._outputs, inputs)
         return found
 
 
-def build_trie(sequences: Sequence[Sequence[int]]) -> tuple[list[TrieLevel], list[tuple[int, int]]]:
-    """Share the beginnings of sequences.
+def build_levels(
+    sequences: Sequence[Sequence[int]], n_history: int | None
+) -> tuple[list[Level], list[IntArray]]:
+    """Share what sequences have in common.
 
     Args:
         sequences: pieces of each; the boundary ends every one and is nowhere else.
+        n_history: see `Rescorer`.
 
     Returns:
-        The levels, and for each sequence the level of its last edge and the edge's place there.
+        The levels, and at each level the edge that each sequence takes, int64, (sequence,), -1
+        behind its end.
     """
-    levels: list[TrieLevel] = []
-    ends: list[tuple[int, int]] = [(0, 0)] * len(sequences)
-    edge_of = [0] * len(sequences)  # place of each sequence's last edge so far
-    tokens = [BOUNDARY_ID]  # piece of each edge of the level above
+    levels: list[Level] = []
+    paths: list[IntArray] = []
+    edge_of = [0] * len(sequences)  # which one each sequence took last
     for depth in range(max(map(len, sequences), default=0)):
-        nodes: dict[int, int] = {}  # edge of the level above -> node
+        nodes: dict[Sequence[int] | int, int] = {}
         edges: dict[tuple[int, int], int] = {}  # node and piece -> edge
+        firsts: list[int] = []  # the sequence that each node goes on from
+        path = np.full(len(sequences), -1)
         for i, sequence in enumerate(sequences):
-            if depth < len(sequence):
-                node = nodes.setdefault(edge_of[i], len(nodes))
-                edge_of[i] = edges.setdefault((node, sequence[depth]), len(edges))
-                ends[i] = (depth, edge_of[i])
+            if depth >= len(sequence):
+                continue
+            key: Sequence[int] | int = edge_of[i]
+            if n_history is not None and depth > n_history:
+                key = tuple(sequence[depth - n_history : depth])
+            node = nodes.setdefault(key, len(nodes))
+            if node == len(firsts):
+                firsts.append(i)
+            path[i] = edges.setdefault((node, sequence[depth]), len(edges))
+        parents = levels[-1].rows[paths[-1][firsts]] if levels else np.zeros(1, np.int64)
+        tokens = [sequences[i][depth - 1] if depth else BOUNDARY_ID for i in firsts]
         rows, wanted = np.array(list(edges), dtype=np.int64).T
-        parent_edges = list(nodes)
-        parents = levels[-1].rows[parent_edges] if levels else np.zeros(1, np.int64)
-        levels.append(
-            TrieLevel(
-                tokens=np.array([tokens[edge] for edge in parent_edges], dtype=np.int64),
-                parents=parents,
-                rows=rows,
-                wanted=wanted,
-                edges=np.array(parent_edges, dtype=np.int64),
-            )
-        )
-        tokens = wanted.tolist()
-    return levels, ends
+        levels.append(Level(np.array(tokens, dtype=np.int64), parents, rows, wanted))
+        paths.append(path)
+        edge_of = path.tolist()
+    return levels, paths

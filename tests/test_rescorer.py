@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from tiny import PIECES, save_language_model
 from export import rescorer as export_module
 from export.rescorer import RescorerStep, export_rescorer
 from service.errors import BundleError, ExportError, InputError, TrainingError
-from service.rescorer import BOUNDARY_ID, Rescorer, build_trie
+from service.rescorer import BOUNDARY_ID, IntArray, Level, Rescorer, build_levels
 from training.rnn_lm import Cell, LanguageModel
 
 
@@ -53,14 +53,14 @@ def test_graph_says_what_torch_says(tmp_path: Path, cell: Cell, int8: bool) -> N
     export_rescorer(tmp_path / "best.pt", tmp_path / "rescorer.onnx", int8=int8)
     hypotheses = _make_hypotheses()
 
-    scores = Rescorer(tmp_path / "rescorer.onnx").score(hypotheses)
+    scores = Rescorer(tmp_path / "rescorer.onnx", n_history=None).score(hypotheses)
 
     expected = [_score_by_torch(model, words) for words in hypotheses]
     np.testing.assert_allclose(scores, expected, rtol=0.02 if int8 else 1e-5)
 
 
 def test_a_list_is_scored_as_its_hypotheses_alone(graph: Path) -> None:
-    rescorer, hypotheses = Rescorer(graph), _make_hypotheses()
+    rescorer, hypotheses = Rescorer(graph, n_history=None), _make_hypotheses()
 
     together = rescorer.score(hypotheses)
 
@@ -74,7 +74,7 @@ def test_probabilities_sum_to_one(graph: Path) -> None:
     rescorer = Rescorer(graph)
     n_pieces = len(PIECES.names)
     begun = [[i, BOUNDARY_ID] for i in range(1, n_pieces)]
-    levels, _ = build_trie([[BOUNDARY_ID], *begun])
+    levels, _ = build_levels([[BOUNDARY_ID], *begun], None)
 
     log_probs = rescorer._run(levels[0], rescorer._start)[0]
 
@@ -101,29 +101,55 @@ def test_unknown_letters_are_scored_and_non_words_refused(graph: Path) -> None:
             rescorer.score([["bad", strange]])
 
 
-def test_trie_holds_every_beginning_once() -> None:
+def _draw_sentences() -> list[tuple[int, ...]]:
     draw = random.Random(1)
-    sentences = [
+    return [
         (*(draw.choice((1, 2)) for _ in range(draw.randint(0, 6))), BOUNDARY_ID) for _ in range(50)
     ]
 
-    levels, ends = build_trie(sentences)
 
+def _read_back(levels: Sequence[Level], paths: Sequence[IntArray], sentence: int) -> list[int]:
+    taken = [int(path[sentence]) for path in paths]
+    return [int(level.wanted[edge]) for level, edge in zip(levels, taken, strict=True) if edge >= 0]
+
+
+@pytest.mark.parametrize("n_history", [None, 2, 6])
+def test_every_sentence_takes_its_own_pieces(n_history: int | None) -> None:
+    sentences = _draw_sentences()
+    levels, paths = build_levels(sentences, n_history)
+    for i, sentence in enumerate(sentences):
+        assert _read_back(levels, paths, i) == list(sentence)
+    for depth in range(1, len(levels)):
+        above, level = levels[depth - 1], levels[depth]
+        for i in np.flatnonzero(paths[depth] >= 0):
+            node = level.rows[paths[depth][i]]
+            assert level.tokens[node] == above.wanted[paths[depth - 1][i]]
+
+
+def test_levels_hold_every_beginning_once() -> None:
+    sentences = _draw_sentences()
+    levels, _ = build_levels(sentences, None)
     beginnings = {s[: i + 1] for s in sentences for i in range(len(s))}
     assert sum(len(level.wanted) for level in levels) == len(beginnings)
-    for sentence, (depth, edge) in zip(sentences, ends, strict=True):
-        assert _read_back(levels, depth, edge) == sentence
-    for above, level in itertools.pairwise(levels):
-        assert level.tokens.tolist() == above.wanted[level.edges].tolist()
-        assert level.parents.tolist() == above.rows[level.edges].tolist()
 
 
-def _read_back(levels: list, depth: int, edge: int) -> tuple[int, ...]:  # type: ignore[type-arg]
-    pieces: tuple[int, ...] = ()
-    for level in reversed(levels[: depth + 1]):
-        pieces = (int(level.wanted[edge]), *pieces)
-        edge = int(level.edges[level.rows[edge]])
-    return pieces
+def test_beginnings_that_end_alike_are_one_node_of_the_first_that_has_it() -> None:
+    sentences = [(1, 3, 4, BOUNDARY_ID), (2, 3, 4, BOUNDARY_ID), (2, 3, 5, BOUNDARY_ID)]
+    exact, _ = build_levels(sentences, None)
+    shared, _ = build_levels(sentences, 1)
+    assert [len(level.tokens) for level in exact] == [1, 2, 2, 3]
+    assert [len(level.tokens) for level in shared] == [1, 2, 1, 2]
+    assert shared[2].parents.tolist() == [0]  # the one behind piece 1
+
+
+def test_shared_nodes_change_scores_of_later_hypotheses_alone(graph: Path) -> None:
+    sentences = [(3, 5, 7, 5, BOUNDARY_ID), (4, 5, 7, 5, BOUNDARY_ID)]
+    exact = Rescorer(graph, n_history=None).score_tokens(sentences)
+    shared = Rescorer(graph, n_history=1).score_tokens(sentences)
+    assert shared[0] == pytest.approx(exact[0], abs=1e-4)
+    assert abs(shared[1] - exact[1]) > 1e-4
+    far = Rescorer(graph, n_history=50).score_tokens(sentences)
+    np.testing.assert_allclose(far, exact, atol=1e-4)
 
 
 def test_int8_graph_is_smaller_and_holds_no_large_float(graph: Path) -> None:
