@@ -484,3 +484,15 @@ def test_adopted_model_hears_the_same_and_spells_anew() -> None:
     again = make_model(seed=3, n_spelling_layers=1)
     again.adopt(spelling.state_dict())
     assert torch.equal(again(features, lengths)[0], spelling(features, lengths)[0])
+
+
+def test_parameters_keep_the_order_that_older_optimiser_states_know() -> None:
+    names = [name for name, _ in make_model(n_spelling_layers=1).named_parameters()]
+    assert list(dict.fromkeys(name.split(".")[0] for name in names)) == [
+        "convolutions",
+        "layers",
+        "norm",
+        "token_head",
+        "phone_head",
+        "spelling",
+    ]

@@ -102,9 +102,9 @@ class AcousticModel(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(width)
+        self.token_head = nn.Linear(width, n_tokens)
         self.phone_head = nn.Linear(width, n_phones)
         self.spelling = Spelling(n_phones, spelling, width) if n_spelling_layers else None
-        self.token_head = nn.Linear(width, n_tokens)
 
     def forward(
         self, features: Tensor, feature_lengths: Tensor, chunking: Chunking | None = None
