@@ -73,8 +73,9 @@ class SpellingText(Settings):
 class SpellingSettings(TrainingSettings):
     """A run: what an acoustic model is trained with, and text.
 
-    `model` must be the shape of `run.initial_checkpoint` with spelling layers; `streaming.share` is
-    the share of what is heard window by window; `augment` is how every second hearing is disturbed.
+    `model` must be the shape of `run.initial_checkpoint` with spelling layers. Everything is heard
+    plainly and disturbed as `augment` says; with a `streaming.share` above 0, also window by window
+    in the first of the chunkings, which then is half of all hearings.
     """
 
     text: SpellingText
