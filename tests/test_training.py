@@ -628,7 +628,13 @@ def _make_loss_inputs() -> tuple[Tensor, Tensor, Tensor, Batch]:
     return token_logits, phone_logits, lengths, collate("abc", [torch.zeros(1, 1)] * 3, labels)
 
 
-def _compute(token_logits: Tensor, phone_logits: Tensor, lengths: Tensor, batch: Batch) -> Losses:
+def _compute(
+    token_logits: Tensor,
+    phone_logits: Tensor,
+    lengths: Tensor,
+    batch: Batch,
+    consistency: float = 0.0,
+) -> Losses:
     return compute_losses(
         token_logits,
         phone_logits,
@@ -637,6 +643,7 @@ def _compute(token_logits: Tensor, phone_logits: Tensor, lengths: Tensor, batch:
         token_lengths=batch.token_lengths,
         phones=batch.phones,
         phone_lengths=batch.phone_lengths,
+        consistency=consistency,
     )
 
 
@@ -688,6 +695,48 @@ def test_masked_utterance_gives_the_phone_head_no_gradient() -> None:
     assert phone_logits.grad is not None
     assert [bool(g.abs().sum() > 0) for g in phone_logits.grad] == [True, False, True]
     assert [bool(g.abs().sum() > 0) for g in token_logits.grad] == [True, True, True]
+
+
+def test_two_equal_views_cost_what_one_costs() -> None:
+    token_logits, phone_logits, lengths, batch = _make_loss_inputs()
+    once = _compute(token_logits, phone_logits, lengths, batch)
+    tokens, phones = token_logits.repeat(2, 1, 1), phone_logits.repeat(2, 1, 1)
+    twice = _compute(tokens, phones, lengths.repeat(2), batch.twice(), consistency=0.5)
+    torch.testing.assert_close(twice.combine(0.3), once.combine(0.3))
+
+
+def test_views_are_drawn_together_inside_their_lengths() -> None:
+    token_logits, phone_logits, lengths, batch = _make_loss_inputs()
+    generator = torch.Generator().manual_seed(3)
+    tokens, phones = (
+        torch.cat([x, x + torch.randn(x.shape, generator=generator)]).requires_grad_()
+        for x in (token_logits, phone_logits)
+    )
+    losses = _compute(tokens, phones, lengths.repeat(2), batch.twice(), consistency=0.5)
+    for divergence, logits in (
+        (losses.token_divergence, tokens),
+        (losses.phone_divergence, phones),
+    ):
+        log_probs = logits.detach().log_softmax(-1)
+        ours, theirs = log_probs[:3], log_probs[3:]
+        each = ((ours.exp() - theirs.exp()) * (ours - theirs)).sum(-1)  # both directions
+        inside = torch.arange(12) < lengths[:, None]
+        torch.testing.assert_close(divergence, 0.5 * each[inside].sum())
+        (gradient,) = torch.autograd.grad(divergence, logits)
+        # each view goes towards the other, which counts as fixed
+        expected = 0.5 * (ours.exp() - theirs.exp()) * inside.unsqueeze(-1)
+        torch.testing.assert_close(gradient, torch.cat([expected, -expected]))
+
+
+def test_run_with_consistency_reads_two_views(corpus: TinyCorpus, tmp_path: Path) -> None:
+    more = ("optimiser.consistency=0.2", "model.dropout=0.5")
+    run = TrainingRun(make_settings(corpus, tmp_path / "run", *more), _ALONE)
+    batch = next(iter(run.open_stream(first_batch=0)))
+    losses, norm = run.step(batch, n_batches=1)
+    assert int(losses.n_tokens) == 2 * int(batch.token_lengths.sum())
+    assert float(losses.token_divergence.detach()) > 0
+    assert float(losses.phone_divergence.detach()) > 0
+    assert math.isfinite(norm)
 
 
 def test_batch_that_is_masked_whole_trains_the_token_head_alone() -> None:

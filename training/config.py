@@ -156,6 +156,9 @@ class OptimiserSettings(Settings):
     """What the phone head learns by; `crf` is CTC-CRF under a phone trigram of the transcripts."""
     ctc_share: float = Field(default=0.1, ge=0)
     """What CTC-CRF takes of CTC."""
+    consistency: float = Field(default=0.0, ge=0)
+    """Weight of the divergence between two views of each utterance, augmented and dropped out each
+    for itself (CR-CTC, Yao et al. 2024); 0 reads each once."""
     average_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
     n_sorted_epochs: int = Field(default=1, ge=0)

@@ -11,7 +11,7 @@ import random
 import signal
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Final
@@ -98,6 +98,11 @@ class Batch:
     """Phone ids, int64, (batch, phone)."""
     phone_lengths: Tensor
     """int64, (batch,); 0 masks the phone head."""
+
+    def twice(self) -> Batch:
+        """The utterances, and behind them the same once more."""
+        rows = {name: torch.cat([x, x]) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, utterance_ids=self.utterance_ids * 2, **rows)
 
 
 def read_cuts(manifests: Sequence[Path], *, corpora: Sequence[str] = ()) -> CutSet:

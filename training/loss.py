@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import ctc_loss
+from torch.nn.functional import ctc_loss, kl_div
 
 from service.text import BLANK
 from training.crf import log_partition, score_labels
@@ -21,6 +21,10 @@ class Losses:
     phone_nll: Tensor
     """Of the phone head over the utterances that are not masked, scalar; with a trigram the sum of
     CTC-CRF's and a share of CTC's."""
+    token_divergence: Tensor
+    """What two views of the utterances make the token head disagree, weighted, scalar."""
+    phone_divergence: Tensor
+    """The same of the phone head."""
     n_tokens: Tensor
     """Tokens in the batch, scalar."""
     n_phones: Tensor
@@ -29,9 +33,9 @@ class Losses:
     """Share of frames whose best token is the blank, scalar."""
 
     def combine(self, phone_weight: float) -> Tensor:
-        """Weighted sum of the two losses, each per label."""
-        token_loss = self.token_nll / self.n_tokens.clamp(min=1)
-        phone_loss = self.phone_nll / self.n_phones.clamp(min=1)
+        """Weighted sum of the two heads' losses, each per label."""
+        token_loss = (self.token_nll + self.token_divergence) / self.n_tokens.clamp(min=1)
+        phone_loss = (self.phone_nll + self.phone_divergence) / self.n_phones.clamp(min=1)
         return (1 - phone_weight) * token_loss + phone_weight * phone_loss
 
 
@@ -46,6 +50,7 @@ def compute_losses(
     phone_lengths: Tensor,
     trigram: Tensor | None = None,
     ctc_share: float = 0.0,
+    consistency: float = 0.0,
 ) -> Losses:
     """The criteria of both heads.
 
@@ -60,6 +65,8 @@ def compute_losses(
         trigram: of the phones, as `training.crf` estimates it: the phone head learns by CTC-CRF;
             None by CTC.
         ctc_share: what is added of CTC to CTC-CRF, which keeps it from drifting.
+        consistency: weight of the divergence between two views of each utterance; above 0 the
+            second half of the batch is the first half's utterances again.
     """
     inside = torch.arange(token_logits.shape[1], device=lengths.device) < lengths.unsqueeze(1)
     blank = (token_logits.argmax(-1) == BLANK) & inside
@@ -70,9 +77,15 @@ def compute_losses(
         phone_nll = ctc_nll(phone_logits[said], *labels)
         if trigram is not None:
             phone_nll = phone_nll * (1 + ctc_share) + _compete(phone_logits[said], *labels, trigram)
+    token_divergence = phone_divergence = torch.zeros((), device=lengths.device)
+    if consistency:
+        token_divergence = consistency * _diverge(token_logits, inside)
+        phone_divergence = consistency * _diverge(phone_logits, inside)
     return Losses(
         token_nll=ctc_nll(token_logits, lengths, tokens, token_lengths),
         phone_nll=phone_nll,
+        token_divergence=token_divergence,
+        phone_divergence=phone_divergence,
         n_tokens=token_lengths.sum(),
         n_phones=phone_lengths.sum(),
         blank_share=blank.sum() / inside.sum(),
@@ -92,6 +105,14 @@ def ctc_nll(logits: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tens
     return ctc_loss(
         log_probs, labels, lengths, label_lengths, blank=BLANK, reduction="sum", zero_infinity=True
     )
+
+
+def _diverge(logits: Tensor, inside: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each view from the other, which it learns nothing from."""
+    log_probs = logits.float().log_softmax(-1)
+    other = log_probs.detach().roll(len(logits) // 2, 0)
+    each = kl_div(log_probs, other, reduction="none", log_target=True).sum(-1)
+    return each.masked_fill(~inside, 0.0).sum()
 
 
 def _compete(

@@ -173,7 +173,9 @@ class TrainingRun:
         dtype: torch.dtype,
         chunking: Chunking | None = None,
     ) -> Losses:
-        device = self.world.device
+        device, options = self.world.device, self.settings.optimiser
+        if options.consistency:
+            batch = batch.twice()
         features = self.augment(batch)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             token_logits, phone_logits, lengths = model(
@@ -188,7 +190,8 @@ class TrainingRun:
             phones=batch.phones.to(device),
             phone_lengths=batch.phone_lengths.to(device),
             trigram=self.trigram,
-            ctc_share=self.settings.optimiser.ctc_share,
+            ctc_share=options.ctc_share,
+            consistency=options.consistency,
         )
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
