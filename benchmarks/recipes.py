@@ -1,7 +1,8 @@
 r"""Recipes compared at equal cost: short runs that differ in one thing each.
 
 python benchmarks/recipes.py benchmarks/recipes/small.toml --train train.jsonl --dev dev.jsonl \
-    --output runs/recipes [--only base ctc …] [--corpora librispeech-dev-clean] [--every 2]
+    --output runs/recipes [--only base ctc …] [--set optimiser.n_epochs=4 …] \
+    [--corpora librispeech-dev-clean] [--every 2]
 
 Trains each variant in a folder of its own and prints its error rates, as `acoustic_checkpoints.py`
 does. A run that is done is not run again, one that was stopped goes on, and two commands may work
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--set", nargs="*", default=[], help="what changes in all of them")
     options, scoring = parser.parse_known_args()
     known = read_tree(options.variants)["variants"]
     names = options.only or list(known)
@@ -53,7 +55,8 @@ def main() -> None:
 
 
 def _settings(options: argparse.Namespace, changes: list[str], directory: Path) -> TrainingSettings:
-    tree = read_tree(options.variants, [f"recipe.{change}" for change in changes])["recipe"]
+    overrides = [f"recipe.{change}" for change in (*options.set, *changes)]
+    tree = read_tree(options.variants, overrides)["recipe"]
     tree["data"] |= {"train": [options.train], "dev": [options.dev]}
     tree["run"] = {"n_threads": 1, "directory": directory, **tree.get("run", {})}
     settings = validate(TrainingSettings, tree, options.variants)
