@@ -1074,12 +1074,17 @@ def _print_prepared(report: Report) -> None:
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:
-    table = Table("corpus", "words", "WER", "CER", "sub", "del", "ins")
-    for name, counts in [*sorted(evaluation.corpora.items()), ("total", evaluation.total)]:
+    from service.scoring import format_interval, pool  # noqa: PLC0415
+
+    table = Table("corpus", "words", "WER", "95 % by speaker", "CER", "sub", "del", "ins")
+    everyone = list(evaluation.speakers.values())
+    for name, by_speaker in [*evaluation.corpora.items(), ("total", everyone)]:
+        counts = pool(by_speaker)
         table.add_row(
             name or "-",
             f"{counts.n_words}",
             f"{counts.wer:.2%}",
+            format_interval(by_speaker),
             f"{counts.cer:.2%}",
             f"{counts.n_substitutions}",
             f"{counts.n_deletions}",

@@ -10,15 +10,15 @@ from service.audio import Stopwatch, load_blocks
 from service.errors import AudioError, ManifestError
 from service.manifest import Utterance
 from service.recogniser import DecoderName, Recogniser
-from service.scoring import ErrorCounts, count_errors, pool
+from service.scoring import ErrorCounts, count_errors, pool, wer_interval
 
 
 @dataclass
 class Evaluation:
     """What was measured; filled utterance by utterance."""
 
-    corpora: dict[str, ErrorCounts] = field(default_factory=dict)
-    """Errors of each corpus."""
+    speakers: dict[tuple[str, str], ErrorCounts] = field(default_factory=dict)
+    """Errors of each speaker, by the names of corpus and speaker."""
     audio_s: float = 0.0
     """Audio recognised, seconds."""
     rtf: dict[str, float] = field(default_factory=dict)
@@ -26,16 +26,27 @@ class Evaluation:
     failures: list[str] = field(default_factory=list)
     """A message for each recording that could not be recognised; it is not scored."""
 
+    def add(self, corpus: str, speaker: str, counts: ErrorCounts) -> None:
+        """Count an utterance."""
+        key = corpus, speaker
+        self.speakers[key] = self.speakers.get(key, ErrorCounts()) + counts
+
+    @property
+    def corpora(self) -> dict[str, list[ErrorCounts]]:
+        """Errors of the speakers of each corpus, the corpora in order."""
+        names = sorted({corpus for corpus, _ in self.speakers})
+        return {n: [c for key, c in self.speakers.items() if key[0] == n] for n in names}
+
     @property
     def total(self) -> ErrorCounts:
         """Errors of all corpora."""
-        return pool(self.corpora.values())
+        return pool(self.speakers.values())
 
     def as_json(self) -> dict[str, Any]:
         """The object of `voxgate evaluate --json`."""
         return {
-            "total": self.total.as_json(),
-            "corpora": {name: counts.as_json() for name, counts in self.corpora.items()},
+            "total": _figures(list(self.speakers.values())),
+            "corpora": {name: _figures(counts) for name, counts in self.corpora.items()},
             "rtf": self.rtf,
         }
 
@@ -82,14 +93,17 @@ def evaluate(
         else:
             transcript = " ".join(s.alternatives[0].transcript for s in segments)
             counts = count_errors([utterance.text or ""], [transcript])
-            so_far = evaluation.corpora.get(utterance.corpus, ErrorCounts())
-            evaluation.corpora[utterance.corpus] = so_far + counts
+            evaluation.add(utterance.corpus, utterance.speaker, counts)
             evaluation.audio_s += duration.seconds
         on_done()
     if evaluation.audio_s > 0:
         spent = {name: s - before[name] for name, s in _stages(recogniser).items()}
         evaluation.rtf = {name: s / evaluation.audio_s for name, s in spent.items()}
     return evaluation
+
+
+def _figures(by_speaker: Sequence[ErrorCounts]) -> dict[str, Any]:
+    return {**pool(by_speaker).as_json(), "wer_interval": wer_interval(by_speaker)}
 
 
 def _stages(recogniser: Recogniser) -> dict[str, float]:

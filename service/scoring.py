@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import jiwer
+import numpy as np
 
 from service.text import normalise
+
+_N_RESAMPLED: Final = 10_000
+_INTERVAL: Final = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -101,3 +106,29 @@ def _rate(n_errors: int, n_reference: int) -> float:
 def pool(counts: Iterable[ErrorCounts]) -> ErrorCounts:
     """Add up counts."""
     return sum(counts, ErrorCounts())
+
+
+def wer_interval(by_speaker: Sequence[ErrorCounts]) -> tuple[float, float] | None:
+    """The 95 % bootstrap interval of the word error rate, resampled by speaker.
+
+    Args:
+        by_speaker: errors of each speaker; those of one go together, as they are alike.
+
+    Returns:
+        The lowest and the highest rate, fractions; None of fewer than two speakers with words.
+    """
+    said = [counts for counts in by_speaker if counts.n_words]
+    if len(said) < 2:
+        return None
+    n_errors = np.array([counts.n_errors for counts in said])
+    n_words = np.array([counts.n_words for counts in said])
+    draw = np.random.default_rng(0)
+    times = draw.multinomial(len(said), np.full(len(said), 1 / len(said)), _N_RESAMPLED)
+    low, high = np.quantile((times @ n_errors) / (times @ n_words), _INTERVAL)
+    return float(low), float(high)
+
+
+def format_interval(by_speaker: Sequence[ErrorCounts]) -> str:
+    """`wer_interval` for people; a dash where there is none."""
+    interval = wer_interval(by_speaker)
+    return "-" if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"

@@ -31,12 +31,13 @@ from service.decoding.beam import LOWEST_PEAK, WORD_FEATURES, BeamDecoder
 from service.decoding.hypothesis import FloatArray, Hypothesis
 from service.decoding.ngram import NgramModel, load_ngram
 from service.errors import InputError, MissingExtraError
+from service.evaluation import Evaluation
 from service.features import log_mel
 from service.manifest import read_manifest
 from service.recogniser import load_recogniser, make_beam_decoder
 from service.rescorer import Rescorer
 from service.rescoring import describe_readings
-from service.scoring import ErrorCounts, count_errors, pool
+from service.scoring import ErrorCounts, count_errors, format_interval, pool
 
 DoubleArray = npt.NDArray[np.float64]
 W = TypeVar("W")
@@ -158,13 +159,31 @@ def tune_bundle(
     return settings.model_copy(update={"search_tokens": better})
 
 
-def read_items(folder: Path, manifest: Path) -> list[Item]:
-    """Run the acoustic model with full context over the utterances of a manifest."""
+def read_items(
+    folder: Path,
+    manifest: Path,
+    *,
+    change: Callable[[list[FloatArray]], Iterable[FloatArray]] | None = None,
+) -> list[Item]:
+    """Run the acoustic model with full context over the utterances of a manifest.
+
+    Args:
+        folder: the bundle.
+        manifest: development data.
+        change: what the waveforms, float32, (samples,), are put through before.
+    """
     recogniser = load_recogniser(folder, decoders=("greedy",))
     n_tokens = len(recogniser.tokens)
+    utterances = read_manifest(manifest)
+    waveforms: Iterable[FloatArray] = (
+        load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
+        for utterance in utterances
+    )
+    if change is not None:
+        waveforms = change(list(waveforms))
     items = []
-    for utterance in track(read_manifest(manifest), "emissions"):
-        waveform = load_audio(utterance.audio_path, target_rate=recogniser.sample_rate)
+    paired = zip(utterances, waveforms, strict=True)
+    for utterance, waveform in track(paired, "emissions", total=len(utterances)):
         emission = recogniser.emission(log_mel(waveform, recogniser.features))
         heads: dict[SearchTokens, FloatArray] = {
             "characters": emission[:, :n_tokens],
@@ -228,24 +247,22 @@ def fit_rescoring(
     """
     rescored = cross_fit(
         items,
-        lambda half: _choose_weights([lists[i] for i in np.flatnonzero(half)]),
+        lambda half: choose_rescoring([lists[i] for i in np.flatnonzero(half)]),
         lambda weights, i: lists[i].choose(weights),
     )
-    for corpus in [*sorted({item.corpus for item in items}), ""]:
-        chosen = [i for i, item in enumerate(items) if corpus in ("", item.corpus)]
-        before = pool(lists[i].errors[0] for i in chosen).wer
-        after = pool(rescored[i] for i in chosen).wer
-        oracle = pool(lists[i].find_best() for i in chosen).wer
+    before = describe_errors(items, [found.errors[0] for found in lists])
+    oracle = describe_errors(items, [found.find_best() for found in lists])
+    for corpus, rate in describe_errors(items, rescored).items():
         on_line(
-            f"rescored: cross-fitted WER {after:.2%} on {corpus or 'all'}, {before:.2%} before "
-            f"({after / max(before, 1e-9) - 1:+.1%} relative), {oracle:.2%} oracle"
+            f"rescored: cross-fitted WER {rate} on {corpus}; "
+            f"before {before[corpus]}, oracle {oracle[corpus]}"
         )
-    recurrent, ngram, word = _choose_weights(lists)
+    recurrent, ngram, word = choose_rescoring(lists)
     on_line(f"rescored: to ship recurrent {recurrent:g}, n-gram {ngram:g}, word {word:g}")
     return {"recurrent_weight": recurrent, "ngram_weight": ngram, "word_score": word}
 
 
-def _choose_weights(lists: Sequence[ReadingList]) -> RescoringWeights:
+def choose_rescoring(lists: Sequence[ReadingList]) -> RescoringWeights:
     """The weights of the grid that give the fewest word errors; the smallest of equal ones."""
     grid: list[RescoringWeights] = sorted(product(*_RESCORING_GRID), key=lambda w: sum(map(abs, w)))
     n_errors = np.zeros(len(grid), np.int64)
@@ -277,6 +294,15 @@ def find_lowest(counts: Mapping[Weights, Counts], among: npt.NDArray[np.bool_]) 
     return min(counts, key=lambda weights: pool(_where(counts[weights], among)).wer)
 
 
+def describe_errors(items: Sequence[Item], counts: Counts) -> dict[str, str]:
+    """The word error rate of each corpus and of all, with its 95 % interval by speaker."""
+    evaluation = Evaluation()
+    for item, errors in zip(items, counts, strict=True):
+        evaluation.add(item.corpus, item.speaker, errors)
+    parts = {**evaluation.corpora, "all": list(evaluation.speakers.values())}
+    return {name: f"{pool(c).wer:.2%} ({format_interval(c)})" for name, c in parts.items()}
+
+
 def halves_of(items: Iterable[Item]) -> npt.NDArray[np.bool_]:
     """Whether each utterance's speaker is in the first half, bool, (items,)."""
     keys = [(item.corpus, item.speaker) for item in items]
@@ -298,14 +324,11 @@ def _report(
         return best
 
     found = cross_fit(items, choose, lambda weights, i: counts[weights][i])
-    for corpus in sorted({item.corpus for item in items}):
-        of_corpus = [c for c, item in zip(found, items, strict=True) if item.corpus == corpus]
-        on_line(f"{head}: cross-fitted WER {pool(of_corpus).wer:.2%} on {corpus}")
-    rate = pool(found).wer
+    for corpus, rate in describe_errors(items, found).items():
+        on_line(f"{head}: cross-fitted WER {rate} on {corpus}")
     best = find_lowest(counts, np.ones(len(items), np.bool_))
-    on_line(f"{head}: cross-fitted WER {rate:.2%} on all")
     on_line(f"{head}: to ship alpha {best[0]:g}, beta {best[1]:g}")
-    return rate
+    return pool(found).wer
 
 
 def _where(counts: Counts, chosen: npt.NDArray[np.bool_]) -> list[ErrorCounts]:

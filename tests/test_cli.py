@@ -185,7 +185,9 @@ def test_evaluate_writes_the_documented_json(tmp_path: Path) -> None:
     figures = json.loads(report.read_text())
     fields = {"wer", "cer", "n_words", "n_substitutions", "n_deletions", "n_insertions"}
     assert set(figures) == {"total", "corpora", "rtf"}
-    assert set(figures["total"]) == fields
+    assert set(figures["total"]) == {*fields, "wer_interval"}
+    low, high = figures["total"]["wer_interval"]
+    assert 0 <= low <= figures["total"]["wer"] <= high
     assert figures["corpora"] == {"librispeech-dev-clean": figures["total"]}
     assert figures["total"]["n_words"] == 110
     stages = {"features", "segmentation", "acoustic_model", "decoding", "total"}

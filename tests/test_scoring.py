@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from service.scoring import ErrorCounts, count_errors, pool
+from service.scoring import ErrorCounts, count_errors, format_interval, pool, wer_interval
 
 
 def distance(a: Sequence[str], b: Sequence[str]) -> int:
@@ -152,3 +152,36 @@ def test_count_errors_raises_on_lists_of_other_lengths(
     message = f"{n_references} references but {n_hypotheses} hypotheses"
     with pytest.raises(ValueError, match=message):
         count_errors(["a"] * n_references, ["a"] * n_hypotheses)
+
+
+def test_interval_holds_the_rate_as_often_as_it_says() -> None:
+    rng = random.Random(5)
+    n_held = 0
+    for _ in range(200):  # speakers whose error rates are 0.2 on average
+        rates = [rng.uniform(0.0, 0.4) for _ in range(40)]
+        counts = [ErrorCounts(50, sum(rng.random() < rate for _ in range(50))) for rate in rates]
+        interval = wer_interval(counts)
+        assert interval is not None
+        n_held += interval[0] <= 0.2 <= interval[1]
+    assert 180 <= n_held <= 198
+
+
+def test_interval_is_that_of_speakers_not_of_words() -> None:
+    alike = [ErrorCounts(100, 20)] * 10
+    differing = [ErrorCounts(100, 40), ErrorCounts(100, 0)] * 5
+    assert wer_interval(alike) == pytest.approx((0.2, 0.2))
+    interval = wer_interval(differing)
+    assert interval is not None
+    assert interval == pytest.approx((0.08, 0.32), abs=0.021)  # binomial, 10 draws of 0 or 40 %
+
+
+@pytest.mark.parametrize(
+    "by_speaker", [[], [ErrorCounts(5, 1)], [ErrorCounts(5, 1), ErrorCounts()]]
+)
+def test_interval_needs_two_speakers(by_speaker: list[ErrorCounts]) -> None:
+    assert wer_interval(by_speaker) is None
+    assert format_interval(by_speaker) == "-"
+
+
+def test_interval_is_written_in_percent() -> None:
+    assert format_interval([ErrorCounts(100, 20)] * 2) == "20.0% to 20.0%"
