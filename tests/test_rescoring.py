@@ -205,7 +205,7 @@ def test_weights_are_those_that_make_fewest_errors(rescorer: Rescorer, lm: Ngram
     names = ("recurrent_weight", "ngram_weight", "word_score")
     assert lists[0].choose((weights[names[0]], weights[names[1]], weights[names[2]])).n_errors == 0
     assert lists[0].choose((0.0, 0.0, 0.0)).n_errors > 0
-    assert "WER 0.00% on all" in lines[-2]
+    assert "WER 0.00% (0.0% to 0.0%) on all" in lines[-2]
     assert "oracle" in lines[-2]
 
 
