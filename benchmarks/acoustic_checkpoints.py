@@ -38,6 +38,8 @@ from training.ngram import NGRAM_NAME
 
 FloatArray = npt.NDArray[np.float32]
 
+LEAST_PRIOR = 1e-6
+
 
 @dataclass(frozen=True)
 class Utterances:
@@ -60,6 +62,9 @@ def main() -> None:
     parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 1.5, 3.0])
     parser.add_argument("--beam-width", type=int)
     parser.add_argument("--every", type=int, default=1, help="take every n-th utterance")
+    parser.add_argument(
+        "--prior-scale", type=float, default=0.0, help="of the phones' log priors, subtracted"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -91,11 +96,15 @@ def main() -> None:
     for path in options.checkpoints:
         for condition, utterances in speech.items():
             print(f"{path}, {condition}")
-            report(path, utterances, decoders)
+            report(path, utterances, decoders, prior_scale=options.prior_scale)
 
 
 def report(
-    path: Path, utterances: Utterances, decoders: dict[tuple[float, float], BeamDecoder]
+    path: Path,
+    utterances: Utterances,
+    decoders: dict[tuple[float, float], BeamDecoder],
+    *,
+    prior_scale: float = 0.0,
 ) -> None:
     """Print a table of one checkpoint: a line a corpus."""
     checkpoint = load_checkpoint(path)
@@ -104,22 +113,29 @@ def report(
     greedy: list[ErrorCounts] = []
     phone_errors: list[ErrorCounts] = []
     dictionary = load_dictionary()
-    for row, features in zip(utterances.rows, utterances.features, strict=True):
+    heard: list[dict[str, FloatArray]] = []
+    for features in utterances.features:
         with torch.inference_mode():
             tokens, phones, _ = model(
                 torch.from_numpy(features)[None], torch.tensor([len(features)])
             )
-        heads: dict[str, FloatArray] = {
-            "characters": tokens[0].log_softmax(-1).numpy(),
-            "phones": phones[0].log_softmax(-1).numpy(),
-        }
+        heard.append(
+            {
+                "characters": tokens[0].log_softmax(-1).numpy(),
+                "phones": phones[0].log_softmax(-1).numpy(),
+            }
+        )
+    prior = np.exp(np.concatenate([heads["phones"] for heads in heard])).mean(axis=0)
+    for row, heads in zip(utterances.rows, heard, strict=True):
+        scores = heads["phones"] - prior_scale * np.log(np.maximum(prior, LEAST_PRIOR))
+        heads["phones"] = torch.from_numpy(scores).log_softmax(-1).numpy()
         reference = normalise(row.text or "")
         items.append(Item(row.speaker, row.corpus, reference, heads))  # type: ignore[arg-type]
         best = decode(collapse(heads["characters"].argmax(-1).tolist()), checkpoint.tokens)
         greedy.append(count_errors([reference], [best]))
         said = pronounce(reference, dictionary) or []
-        heard = collapse(heads["phones"].argmax(-1).tolist())
-        names = [" ".join(PHONES[i] for i in ids) for ids in (said, heard)]
+        recognised = collapse(heads["phones"].argmax(-1).tolist())
+        names = [" ".join(PHONES[i] for i in ids) for ids in (said, recognised)]
         phone_errors.append(count_errors(names[:1], names[1:]) if said else ErrorCounts())
     counts = {
         weights: [
