@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.augment import shift_level, spec_augment
+from service.features import FeatureSettings, mel_centres_hz
+from training.augment import shift_level, spec_augment, warp_frequencies
 
 _N_MELS = 40
 _FILL = torch.arange(_N_MELS) / 10.0 + 1000.0  # above every feature: a masked value is known by it
@@ -227,3 +228,24 @@ def test_shift_level_repeats_with_the_seed() -> None:
 
     assert torch.equal(shifted(1), shifted(1))
     assert not torch.equal(shifted(1), shifted(2))
+
+
+def test_warp_stretches_the_frequencies_of_each_utterance() -> None:
+    centres_hz = torch.from_numpy(mel_centres_hz(FeatureSettings())).float()
+    torch.manual_seed(3)
+    features = centres_hz.expand(500, 4, -1)  # each band says its frequency
+    warped = warp_frequencies(features, centres_hz, warp=0.2)
+    factors = (warped / centres_hz)[:, :, 5:-10]  # the ends have no neighbours to read
+    assert torch.allclose(factors, factors[:, :1, :1].expand_as(factors), rtol=1e-4)
+    factor = factors[:, 0, 0]
+    assert 0.8 <= factor.min() < 0.81
+    assert 1.19 < factor.max() <= 1.2
+    assert factor.mean() == pytest.approx(1.0, abs=0.02)
+    assert warped.max() <= centres_hz.max()
+    assert warped.min() >= centres_hz.min()
+
+
+def test_warp_of_nothing_changes_nothing() -> None:
+    centres_hz = torch.from_numpy(mel_centres_hz(FeatureSettings())).float()
+    features = torch.randn(3, 7, len(centres_hz))
+    torch.testing.assert_close(warp_frequencies(features, centres_hz, warp=0.0), features)

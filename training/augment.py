@@ -24,13 +24,17 @@ class Augmentation:
         self._fill = fill
         self._frames_per_s = 1000 / features.hop_ms
         centres_hz = mel_centres_hz(features)
+        self._centres_hz = torch.from_numpy(centres_hz).float()
         self._n_bands_kept = int((centres_hz < _TELEPHONE_HZ[1]).sum())
         self._n_bands_cut = int((centres_hz < _TELEPHONE_HZ[0]).sum())
 
     def __call__(self, batch: Batch) -> Tensor:
         """The features of a batch, changed; the global torch generator draws how."""
         options, lengths = self._options, batch.feature_lengths
-        x = shift_level(batch.features, level_db=options.level_db, tilt_db=options.tilt_db)
+        x = batch.features
+        if options.warp:
+            x = warp_frequencies(x, self._centres_hz, warp=options.warp)
+        x = shift_level(x, level_db=options.level_db, tilt_db=options.tilt_db)
         if options.room_share:
             x = reverberate(
                 x,
@@ -110,6 +114,31 @@ def spec_augment(
         width = torch.where(i < n_time_masks, _draw(longest), 0)
         masked |= _stretch(lengths, width, n_frames).to(features.device).unsqueeze(2)
     return torch.where(masked, fill, features)
+
+
+def warp_frequencies(features: Tensor, centres_hz: Tensor, *, warp: float) -> Tensor:
+    """Imitate other vocal tracts by stretching the frequency axis (Jaitly and Hinton 2013).
+
+    Args:
+        features: log-mel energies, float32, (batch, time, mel).
+        centres_hz: centre of each band, float32, (mel,).
+        warp: the most by which a frequency changes, a fraction; one draw an utterance.
+
+    Returns:
+        A warped copy, same shape; frequencies above the last band's are taken from that.
+    """
+    n_utterances, n_frames, n_mels = features.shape
+    factor = 1 + (2 * torch.rand(n_utterances, 1) - 1) * warp
+    source_hz = centres_hz * factor  # (batch, mel)
+    above = torch.searchsorted(centres_hz, source_hz).clamp(1, n_mels - 1)
+    below_hz, above_hz = centres_hz[above - 1], centres_hz[above]
+    share = ((source_hz - below_hz) / (above_hz - below_hz)).clamp(0, 1)
+
+    def take(band: Tensor) -> Tensor:
+        index = band.to(features.device).unsqueeze(1).expand(-1, n_frames, -1)
+        return features.gather(2, index)
+
+    return torch.lerp(take(above - 1), take(above), share.to(features.device).unsqueeze(1))
 
 
 def shift_level(features: Tensor, *, level_db: float, tilt_db: float) -> Tensor:

@@ -117,6 +117,9 @@ class AugmentSettings(Settings):
     """Standard deviation of the random change in level, decibels."""
     tilt_db: float = Field(default=4.0, ge=0)
     """Standard deviation of the random change between the lowest and highest band, decibels."""
+    warp: float = Field(default=0.0, ge=0, lt=1)
+    """The most that frequencies are stretched or squeezed, a fraction, as longer and shorter vocal
+    tracts do."""
     noise_share: float = Field(default=0.0, ge=0, le=1)
     """Share of the utterances that get babble or coloured noise."""
     lowest_snr_db: float = 0.0
