@@ -13,6 +13,7 @@ from service.text import normalise
 
 _N_RESAMPLED: Final = 10_000
 _INTERVAL: Final = (0.025, 0.975)
+_FEWEST_SPEAKERS: Final = 5
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,11 @@ def wer_interval(by_speaker: Sequence[ErrorCounts]) -> tuple[float, float] | Non
         by_speaker: errors of each speaker; those of one go together, as they are alike.
 
     Returns:
-        The lowest and the highest rate, fractions; None of fewer than two speakers with words.
+        The lowest and the highest rate, fractions; None of fewer than five speakers with words,
+        who say nothing of others.
     """
     said = [counts for counts in by_speaker if counts.n_words]
-    if len(said) < 2:
+    if len(said) < _FEWEST_SPEAKERS:
         return None
     n_errors = np.array([counts.n_errors for counts in said])
     n_words = np.array([counts.n_words for counts in said])
