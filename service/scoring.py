@@ -13,7 +13,7 @@ from service.text import normalise
 
 _N_RESAMPLED: Final = 10_000
 _INTERVAL: Final = (0.025, 0.975)
-_FEWEST_SPEAKERS: Final = 5
+_FEWEST_SPEAKERS: Final = 3
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def wer_interval(by_speaker: Sequence[ErrorCounts]) -> tuple[float, float] | Non
         by_speaker: errors of each speaker; those of one go together, as they are alike.
 
     Returns:
-        The lowest and the highest rate, fractions; None of fewer than five speakers with words,
+        The lowest and the highest rate, fractions; None of fewer than three speakers with words,
         who say nothing of others.
     """
     said = [counts for counts in by_speaker if counts.n_words]

@@ -120,9 +120,9 @@ def test_phrases_count_before_the_second_pass(
     search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
 ) -> None:
     decoder = RescoringDecoder(search, rescorer, lm, RescoringSettings(recurrent_weight=0.0))
-    wanted = search.decode(emission, n_best=_N_BEST)[-1]
-    plain = set(search.decode(emission)[0].text.split())
-    phrases = [Phrase(word, 20.0) for word in wanted.text.split() if word not in plain]
+    best, *others = search.decode(emission, n_best=_N_BEST)
+    wanted = {word for other in others for word in other.text.split()}
+    phrases = [Phrase(word, 20.0) for word in sorted(wanted - set(best.text.split()))]
     assert phrases
     assert decoder.decode(emission, phrases=phrases) == search.decode(emission, phrases=phrases)
     assert decoder.decode(emission, phrases=phrases) != search.decode(emission)
