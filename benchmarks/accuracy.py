@@ -34,6 +34,7 @@ from service.tuning import (
     find_lowest,
     read_items,
     score_readings,
+    search_items,
 )
 
 STEPS = ((-0.1, 0.0, 0.1), (-0.5, 0.0, 0.5))
@@ -78,11 +79,8 @@ def measure(folder: Path, manifest: Path, conditions: Sequence[str]) -> None:
             for path in [item.emissions["characters"].argmax(-1).tolist()]
         ]
         counts = {
-            weights: [
-                count_errors([item.reference], [decoder.decode(item.emissions[head])[0].text])
-                for item in tqdm(items, f"{condition}, alpha, beta {weights}", leave=False)
-            ]
-            for weights, decoder in decoders.items()
+            weights: search_items(decoder, items, head)
+            for weights, decoder in tqdm(decoders.items(), f"{condition}, search", leave=False)
         }
         lists = [
             score_readings(item, best.decode(item.emissions[head], n_best=100), rescorer, lm)
