@@ -1,5 +1,6 @@
 #!/bin/sh
-# Measures a bundle anew: what README.md and docs/ say of the shipped one, a log a command in OUT.
+# Measures a bundle anew: most of what README.md and docs/ say of the shipped one, a log a command in OUT.
+# `voxgate tune`, which comes before, and the half-hour soak of a server are not in it.
 #
 #   benchmarks/all.sh accuracy DEV.jsonl LM.arpa.gz OUT [BUNDLE]   # may share the machine with others
 #   benchmarks/all.sh timing   DEV.jsonl LM.arpa.gz OUT [BUNDLE]   # wants it for itself
@@ -35,6 +36,7 @@ benchmark() { # NAME SCRIPT ARGUMENT…
 case $part in
   accuracy)
     benchmark forced-alignment forced_alignment "$dev" "$words"
+    benchmark accuracy accuracy "$dev"
     benchmark streaming-curve streaming_curve "$dev" --plot "$out/streaming-curve.svg"
     benchmark word-times word_times "$dev" "$words"
     benchmark endpointing endpointing "$dev" "$words"

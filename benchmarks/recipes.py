@@ -18,7 +18,6 @@ import sys
 import time
 from pathlib import Path
 
-from service.errors import TrainingError
 from training.config import TrainingSettings, read_tree, validate
 from training.precision import processor_name
 from training.train import train
@@ -58,11 +57,8 @@ def _settings(options: argparse.Namespace, changes: list[str], directory: Path) 
     overrides = [f"recipe.{change}" for change in (*options.set, *changes)]
     tree = read_tree(options.variants, overrides)["recipe"]
     tree["data"] |= {"train": [options.train], "dev": [options.dev]}
-    tree["run"] = {"n_threads": 1, "directory": directory, **tree.get("run", {})}
-    settings = validate(TrainingSettings, tree, options.variants)
-    if settings.run.directory != directory:
-        raise TrainingError(f"{options.variants} sets run.directory; leave it to --output")
-    return settings
+    tree["run"] = {"n_threads": 1, **tree.get("run", {}), "directory": directory}
+    return validate(TrainingSettings, tree, options.variants)
 
 
 def _note_time(directory: Path, seconds: float) -> None:
