@@ -239,6 +239,9 @@ def evaluate(
         str | None,
         typer.Option("--profile", metavar="NAME", help="Measure a stream's first pass alone."),
     ] = None,
+    domain: Annotated[
+        str, typer.Option("--domain", metavar="NAME|DIR", help="Measure with a domain's words.")
+    ] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
     ] = None,
@@ -251,7 +254,8 @@ def evaluate(
     utterances = read_manifest(manifest)
     if not utterances:
         _fail(f"{manifest} lists no recording", status=2)
-    recogniser = _load(bundle, n_threads=threads or count_usable_processors(), decoder=decoder)
+    n_threads = threads or count_usable_processors()
+    recogniser = _load(bundle, n_threads=n_threads, decoder=decoder, domain=domain)
     if profile is not None and profile not in recogniser.profiles:
         _fail(
             f"there is no profile {profile!r}; the model has {', '.join(recogniser.profiles)}",

@@ -264,6 +264,23 @@ def test_evaluate_measures_a_first_pass_and_names_the_profiles(
     assert "fast, balanced" in wrong.stderr
 
 
+def test_evaluate_measures_with_the_words_of_a_domain(
+    tmp_path: Path, clips: list[Utterance]
+) -> None:
+    manifest, report = tmp_path / "m.jsonl", tmp_path / "report.json"
+    row = {"audio_filepath": str(clips[0].audio_path), "text": clips[0].text}
+    manifest.write_text(json.dumps(row) + "\n")
+    wer = {}
+    for domain in ([], ["--domain", "barista"]):
+        result = _voxgate("evaluate", manifest, "--json", report, *domain)
+        assert result.returncode == 0, result.stderr
+        wer[bool(domain)] = json.loads(report.read_text())["total"]["wer"]
+    assert wer[False] < wer[True]  # a book read aloud is no order of coffee
+    wrong = _voxgate("evaluate", manifest, "--domain", "tea")
+    assert wrong.returncode == 2
+    assert "tea" in wrong.stderr
+
+
 def test_transcribe_cuts_a_long_recording_and_keeps_its_clock(
     tmp_path: Path, clips: list[Utterance]
 ) -> None:

@@ -290,6 +290,25 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert _read_rows(tmp_path / "run") == _read_rows(uninterrupted)
 
 
+def test_resumed_muon_equals_an_uninterrupted_run(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = (
+        make_settings(corpus, tmp_path / name, *_RANDOM, "optimiser.kind=muon")
+        for name in ("whole", "parts")
+    )
+    train(whole)
+    with monkeypatch.context() as stopping:
+        _stop_after(stopping, 1)
+        train(parts)
+    train(parts)
+    actual, expected = (load_checkpoint(tmp_path / name / "last.pt") for name in ("parts", "whole"))
+    _assert_same(actual.model, expected.model)
+    _assert_same(actual.optimiser, expected.optimiser)
+    with pytest.raises(TrainingError, match=r"optimiser\.kind .* keep it or choose another"):
+        train(make_settings(corpus, tmp_path / "whole", *_RANDOM))
+
+
 def test_run_stops_whole_when_all_its_processes_are_asked_to(
     corpus: TinyCorpus, tmp_path: Path
 ) -> None:
@@ -505,6 +524,23 @@ def test_weight_decay_acts_on_matrices_only(run: TrainingRun) -> None:
     assert min(dim for _, dim in decayed) >= 2
     assert all(dim == 1 for _, dim in others)
     assert len(decayed) + len(others) == len(names)
+
+
+def test_muon_makes_the_steps_of_matrices_orthogonal(corpus: TinyCorpus, tmp_path: Path) -> None:
+    changes = ("optimiser.kind=muon", "optimiser.weight_decay=0.0", "optimiser.n_warmup_steps=0")
+    run = TrainingRun(make_settings(corpus, tmp_path / "run", *changes), _ALONE)
+    matrix, bias = run.model.phone_head.weight, run.model.phone_head.bias
+    held_matrix, held_bias = matrix.detach().clone(), bias.detach().clone()
+    run.step(_all_utterances(run), n_batches=1)
+    (rate,) = {group["lr"] for group in run.optimiser.param_groups}
+    assert matrix.grad is not None
+    gradient = torch.linalg.svdvals(matrix.grad)
+    step = torch.linalg.svdvals((held_matrix - matrix).detach())
+    step /= 0.2 * rate * max(matrix.shape) ** 0.5
+    assert gradient[5] < 0.3 * gradient[0]
+    assert step[0] < 1.3
+    assert step[5] > 0.6
+    torch.testing.assert_close((held_bias - bias).abs(), torch.full_like(bias, rate))
 
 
 # Reading window by window

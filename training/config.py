@@ -137,7 +137,10 @@ class AugmentSettings(Settings):
 
 
 class OptimiserSettings(Settings):
-    """AdamW, its schedule, and what a step is."""
+    """The optimiser, its schedule, and what a step is."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon` makes the steps of weight matrices orthogonal; both take the same learning rates."""
 
     n_epochs: int = Field(default=60, ge=1)
     """Passes over the training set; the schedule ends with the last one."""

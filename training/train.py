@@ -42,6 +42,7 @@ from training.evaluation import errors_by_corpus, greedy_transcripts
 from training.lexicon import PHONES
 from training.loss import Losses, compute_losses
 from training.model import AcousticModel, Chunking
+from training.optimiser import Optimiser
 from training.precision import choose_precision, device_name
 from training.schedule import learning_rate
 
@@ -79,7 +80,7 @@ class TrainingRun:
         self.averaged = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.optimiser.average_decay)
         )
-        self.optimiser = _new_optimiser(self.model, settings)
+        self.optimiser = Optimiser(self.model, settings.optimiser)
         self.progress = self._restore()
         self.augment = Augmentation(
             settings.augment, settings.features, self.model.feature_mean.cpu()
@@ -144,8 +145,6 @@ class TrainingRun:
             highest=options.learning_rate,
             final=options.final_learning_rate,
         )
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         seed = self.settings.run.seed * 1_000_003 + self.progress.step
         torch.manual_seed(seed * self.world.size + self.world.rank)
         self.parallel.train()
@@ -160,7 +159,7 @@ class TrainingRun:
         shared.combine(options.phone_weight).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
         if torch.isfinite(norm):
-            self.optimiser.step()
+            self.optimiser.step(rate)
             self.averaged.update_parameters(self.model)
         else:
             self._say(f"step {self.progress.step}: the gradient is not finite; step left out")
@@ -405,17 +404,6 @@ def draw_chunking(settings: StreamingSettings, *, seed: int) -> Chunking | None:
     if draw.random() >= settings.share:
         return None
     return Chunking(*draw.choice(settings.chunkings))
-
-
-def _new_optimiser(model: AcousticModel, settings: TrainingSettings) -> torch.optim.AdamW:
-    """AdamW that decays weight matrices only, not biases or norms."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.optimiser.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.optimiser.learning_rate, betas=(0.9, 0.98))
 
 
 def _clock(seconds: float) -> str:
