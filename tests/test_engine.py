@@ -206,7 +206,9 @@ def test_int8_streaming_graph_runs_close_to_the_model(tmp_path: Path, cell: Cell
 
 @pytest.fixture(scope="module")
 def spelling_model() -> AcousticModel:
-    return make_model(subsampling=3, n_spelling_layers=2)
+    model = make_model(subsampling=3, n_layers=3, conditioned_layers=(1,), n_spelling_layers=2)
+    torch.nn.init.normal_(model.get_parameter("conditionings.1.feedback.weight"))
+    return model
 
 
 def _export_spelling(model: AcousticModel, folder: Path) -> tuple[Path, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -496,3 +497,71 @@ def test_parameters_keep_the_order_that_older_optimiser_states_know() -> None:
         "phone_head",
         "spelling",
     ]
+
+
+# Self-conditioning
+
+
+def _make_conditioned_model(**arguments: Any) -> AcousticModel:
+    """A model of three layers whose second reads phones and tells the third of them."""
+    model = make_model(n_layers=3, conditioned_layers=(2,), **arguments)
+    nn.init.normal_(model.get_parameter("conditionings.2.feedback.weight"))
+    return model
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("bidirectional", [True, False])
+@torch.no_grad()
+def test_conditioned_model_reads_chunks_as_it_reads_windows(
+    cell: Cell, bidirectional: bool
+) -> None:
+    model = _make_conditioned_model(cell=cell, bidirectional=bidirectional, n_spelling_layers=1)
+    features = _pad(_draw_utterances(), n_frames=max(_LENGTHS), garbage=1e3)
+    for chunking in _CHUNKINGS:
+        *heads, lengths = model(features, torch.tensor(_LENGTHS), chunking)
+        stepped = _step_through(model, features, torch.tensor(_LENGTHS), chunking)
+        for i, length in enumerate(lengths.tolist()):
+            for actual, expected in zip(stepped, heads, strict=True):
+                torch.testing.assert_close(
+                    actual[i, :length], expected[i, :length], atol=1e-5, rtol=0
+                )
+
+
+@pytest.mark.parametrize("chunking", [None, Chunking(3, 2)])
+@torch.no_grad()
+def test_conditioned_layer_says_what_it_heard(chunking: Chunking | None) -> None:
+    model = _make_conditioned_model()
+    features, lengths = torch.randn(2, 40, N_MELS), torch.tensor([40, 31])
+    heard: list[Tensor] = []
+    _, phones, n_frames = model(features, lengths, chunking, heard)
+    (intermediate,) = heard
+    assert intermediate.shape == phones.shape
+    others = torch.cat([features[:, :31], torch.full_like(features[:, 31:], 1e3)], 1)
+    again: list[Tensor] = []
+    model(others, lengths, chunking, again)
+    n = int(n_frames[1])
+    torch.testing.assert_close(again[0][1, :n], intermediate[1, :n])
+
+
+@torch.no_grad()
+def test_what_a_conditioned_layer_heard_reaches_the_next_ones() -> None:
+    model = _make_conditioned_model()
+    features, lengths = torch.randn(2, 40, N_MELS), torch.tensor([40, 31])
+    before = model(features, lengths)[1]
+    model.get_parameter("conditionings.2.head.bias")[1] += 3.0
+    assert not torch.allclose(model(features, lengths)[1], before, atol=1e-2)
+
+
+@torch.no_grad()
+def test_adopted_model_begins_unconditioned_and_keeps_its_conditioning() -> None:
+    plain = make_model(n_layers=3)
+    conditioned = make_model(seed=2, n_layers=3, conditioned_layers=(1, 2))
+    conditioned.adopt(plain.state_dict())
+    features, lengths = torch.randn(2, 40, N_MELS), torch.tensor([40, 31])
+    assert torch.equal(plain(features, lengths)[1], conditioned(features, lengths)[1])
+    taught, again = (
+        _make_conditioned_model(),
+        make_model(seed=3, n_layers=3, conditioned_layers=(2,)),
+    )
+    again.adopt(taught.state_dict())
+    assert torch.equal(again(features, lengths)[1], taught(features, lengths)[1])

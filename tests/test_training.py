@@ -290,6 +290,28 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert _read_rows(tmp_path / "run") == _read_rows(uninterrupted)
 
 
+def test_conditioned_layers_learn_and_are_exactly_resumed(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (*_RANDOM, "model.n_layers=2", "model.conditioned_layers=[1]")
+    whole, parts = (make_settings(corpus, tmp_path / n, *changes) for n in ("whole", "parts"))
+    train(whole)
+    with monkeypatch.context() as stopping:
+        _stop_after(stopping, 1)
+        train(parts)
+    train(parts)
+    actual, expected = (load_checkpoint(tmp_path / n / "last.pt") for n in ("parts", "whole"))
+    assert expected.model is not None
+    _assert_same(actual.model, expected.model)
+    assert expected.model["conditionings.1.head.bias"].abs().max() > 0
+    assert expected.model["conditionings.1.feedback.weight"].abs().max() > 0
+
+
+def test_conditioned_layers_must_exist(corpus: TinyCorpus, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"conditioned_layers is \[2\], expected .* 1 to 1"):
+        make_settings(corpus, tmp_path, "model.n_layers=2", "model.conditioned_layers=[2]")
+
+
 def test_resumed_muon_equals_an_uninterrupted_run(
     corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,18 @@ class ModelSettings(Settings):
     """Dropout on the output of every layer."""
     skip: bool = True
     """Whether what goes into a layer is added to what comes out."""
+    conditioned_layers: tuple[int, ...] = ()
+    """Layers, from 1, after which phones are read and the next layers told of them
+    (self-conditioned CTC)."""
+
+    @model_validator(mode="after")
+    def _conditioned_layers_exist(self) -> ModelSettings:
+        if any(not 1 <= i < self.n_layers for i in self.conditioned_layers):
+            raise ValueError(
+                f"conditioned_layers is {list(self.conditioned_layers)}, expected numbers from 1 "
+                f"to {self.n_layers - 1}"
+            )
+        return self
 
 
 class StreamingSettings(Settings):
@@ -165,6 +177,8 @@ class OptimiserSettings(Settings):
     consistency: float = Field(default=0.0, ge=0)
     """Weight of the divergence between two views of each utterance, augmented and dropped out each
     for itself (CR-CTC, Yao et al. 2024); 0 reads each once."""
+    intermediate_weight: float = Field(default=0.3, ge=0, lt=1)
+    """Share of the phone head's loss that the conditioned layers have, by CTC."""
     average_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights, per step."""
     n_sorted_epochs: int = Field(default=1, ge=0)

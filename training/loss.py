@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,8 @@ def compute_losses(
     trigram: Tensor | None = None,
     ctc_share: float = 0.0,
     consistency: float = 0.0,
+    intermediate: Sequence[Tensor] = (),
+    intermediate_weight: float = 0.0,
 ) -> Losses:
     """The criteria of both heads.
 
@@ -67,6 +70,8 @@ def compute_losses(
         ctc_share: what is added of CTC to CTC-CRF, which keeps it from drifting.
         consistency: weight of the divergence between two views of each utterance; above 0 the
             second half of the batch is the first half's utterances again.
+        intermediate: phone logits of earlier layers, which learn by CTC.
+        intermediate_weight: their share of the phone head's loss.
     """
     inside = torch.arange(token_logits.shape[1], device=lengths.device) < lengths.unsqueeze(1)
     blank = (token_logits.argmax(-1) == BLANK) & inside
@@ -77,6 +82,9 @@ def compute_losses(
         phone_nll = ctc_nll(phone_logits[said], *labels)
         if trigram is not None:
             phone_nll = phone_nll * (1 + ctc_share) + _compete(phone_logits[said], *labels, trigram)
+        if intermediate:
+            earlier = torch.stack([ctc_nll(logits[said], *labels) for logits in intermediate])
+            phone_nll = phone_nll.lerp(earlier.mean(), intermediate_weight)
     token_divergence = phone_divergence = torch.zeros((), device=lengths.device)
     if consistency:
         token_divergence = consistency * _diverge(token_logits, inside)

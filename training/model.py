@@ -17,7 +17,7 @@ the forward direction goes from chunk to chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, TypeVar
 
@@ -35,6 +35,9 @@ _CELLS: Final[dict[Cell, Callable[..., nn.RNNBase]]] = {
 _STRIDES: Final[dict[int, tuple[int, int]]] = {2: (2, 1), 3: (3, 1), 4: (2, 2)}
 _KERNEL: Final = 3
 _SPELLING: Final = ("spelling.", "token_head.")
+
+_Apply = Callable[["RecurrentLayer", Tensor], Tensor]
+"""How a recurrent layer is applied: full context, windows, or one window of streams."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class AcousticModel(nn.Module):
         n_channels: int = 32,
         dropout: float = 0.2,
         skip: bool = True,
+        conditioned_layers: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.bidirectional = bidirectional
@@ -105,9 +109,16 @@ class AcousticModel(nn.Module):
         self.token_head = nn.Linear(width, n_tokens)
         self.phone_head = nn.Linear(width, n_phones)
         self.spelling = Spelling(n_phones, spelling, width) if n_spelling_layers else None
+        self.conditionings = nn.ModuleDict(
+            {str(i): Conditioning(n_phones, width) for i in conditioned_layers}
+        )
 
     def forward(
-        self, features: Tensor, feature_lengths: Tensor, chunking: Chunking | None = None
+        self,
+        features: Tensor,
+        feature_lengths: Tensor,
+        chunking: Chunking | None = None,
+        intermediate: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the logits of both heads.
 
@@ -116,6 +127,8 @@ class AcousticModel(nn.Module):
                 an utterance's length is ignored.
             feature_lengths: frames of each utterance, int64, (batch,).
             chunking: read window by window, as a stream is read; None reads with full context.
+            intermediate: gets the phone logits of each conditioned layer, raw,
+                (batch, frames, phone).
 
         Returns:
             Token logits (batch, frames, token), phone logits (batch, frames, phone), both raw, and
@@ -125,11 +138,12 @@ class AcousticModel(nn.Module):
         x, lengths, _ = self.convolutions(x, feature_lengths)  # (batch, frames, width)
         x = self.dropout(x)
         reading = self._begin_reading(lengths, x.shape[1], chunking)
-
-        def read(layers: nn.ModuleList, x: Tensor) -> Tensor:
-            return self._read(layers, x, reading)
-
-        token_logits, phone_logits = self._apply_heads(read(self.layers, reading.open(x)), read)
+        apply = self._applier(reading)
+        heard: list[Tensor] = []
+        x = self._read(self.layers, reading.open(x), apply, heard)
+        if intermediate is not None:
+            intermediate.extend(map(reading.close, heard))
+        token_logits, phone_logits = self._apply_heads(x, apply)
         return reading.close(token_logits), reading.close(phone_logits), lengths
 
     def spell(
@@ -148,7 +162,7 @@ class AcousticModel(nn.Module):
         assert self.spelling is not None
         reading = self._begin_reading(lengths, probabilities.shape[1], chunking)
         x = self.spelling.embedding(reading.open(probabilities))
-        x = self._read(self.spelling.layers, x, reading)
+        x = self._read(self.spelling.layers, x, self._applier(reading))
         return reading.close(self.token_head(self.dropout(self.spelling.norm(x))))
 
     def forward_window(
@@ -172,26 +186,31 @@ class AcousticModel(nn.Module):
         x = self._normalise(features)
         x, lengths, caches = self.convolutions(x, feature_lengths, state[:2], n_chunk)
         reverse = reversal_index(lengths, x.shape[1])
-        before = iter((state.recurrent, state.spelling))
-        after = []
+        before = (*state.recurrent.unbind(1), *state.spelling.unbind(1))
+        after: list[Tensor] = []
 
-        def read(layers: nn.ModuleList, x: Tensor) -> Tensor:
-            states = []
-            for layer, held in zip(_stack(layers), next(before).unbind(1), strict=True):
-                y, edge = layer.read_windows(x, reverse, n_chunk, state=_split_state(held))
-                x = x + y if self.skip else y
-                states.append(_join_state(edge))
-            after.append(torch.stack(states, 1))
-            return x
+        def apply(layer: RecurrentLayer, x: Tensor) -> Tensor:
+            held = _split_state(before[len(after)])
+            y, edge = layer.read_windows(x, reverse, n_chunk, state=held)
+            after.append(_join_state(edge))
+            return y
 
-        token_logits, phone_logits = self._apply_heads(read(self.layers, x), read)
-        return token_logits, phone_logits, lengths, StreamState(*caches, *after, *before)
+        token_logits, phone_logits = self._apply_heads(self._read(self.layers, x, apply), apply)
+        recurrent, spelling = after[: len(self.layers)], after[len(self.layers) :]
+        features, convolved = caches
+        after_state = StreamState(
+            features=features,
+            convolved=convolved,
+            recurrent=torch.stack(recurrent, 1),
+            spelling=torch.stack(spelling, 1) if spelling else state.spelling,
+        )
+        return token_logits, phone_logits, lengths, after_state
 
     def adopt(self, state: Mapping[str, Tensor]) -> None:
-        """Take the weights of a model of the same shape, of fewer layers or without spelling ones.
+        """Take the weights of a model of the same shape or of fewer layers.
 
         Layers that the other model lacks are added silent: what they give is zero, so this model
-        begins by saying what the other one says. Spelling layers begin as they are.
+        begins by saying what the other one says. Spelling and conditioning begin as they are.
 
         Args:
             state: the other model's `state_dict`.
@@ -199,10 +218,14 @@ class AcousticModel(nn.Module):
         Raises:
             RuntimeError: the models differ in more than their number of layers.
         """
-        added: dict[str, Tensor] = {}
+        own = self.state_dict()
+        added = {
+            name: own[name]
+            for name in own
+            if name.startswith("conditionings.") and name not in state
+        }
         if self.spelling is not None and "spelling.norm.weight" not in state:
-            own = self.state_dict()
-            added = {name: own[name] for name in own if name.startswith(_SPELLING)}
+            added |= {name: own[name] for name in own if name.startswith(_SPELLING)}
         n_known = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         for i, layer in enumerate(_stack(self.layers)[n_known:], n_known):
             layer.silence()
@@ -231,15 +254,14 @@ class AcousticModel(nn.Module):
     def _normalise(self, features: Tensor) -> Tensor:
         return (features - self.feature_mean) / self.feature_std
 
-    def _apply_heads(
-        self, x: Tensor, read: Callable[[nn.ModuleList, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Logits of tokens and phones from what the layers gave; `read` applies more of them."""
+    def _apply_heads(self, x: Tensor, apply: _Apply) -> tuple[Tensor, Tensor]:
+        """Logits of tokens and phones from what the layers gave; `apply` applies one more."""
         if self.spelling is None:
             x = self.dropout(self.norm(x))
             return self.token_head(x), self.phone_head(x)
         phone_logits = self.phone_head(self.dropout(self.norm(x)))
-        x = read(self.spelling.layers, self.spelling.embedding(phone_logits.softmax(-1)))
+        x = self.spelling.embedding(phone_logits.softmax(-1))
+        x = self._read(self.spelling.layers, x, apply)
         return self.token_head(self.dropout(self.spelling.norm(x))), phone_logits
 
     def _begin_reading(self, lengths: Tensor, n_frames: int, chunking: Chunking | None) -> _Reading:
@@ -248,11 +270,47 @@ class AcousticModel(nn.Module):
         n_right = chunking.n_right if self.bidirectional else 0
         return _WindowedReading(lengths, n_frames, n_chunk=chunking.n_chunk, n_right=n_right)
 
-    def _read(self, layers: nn.ModuleList, x: Tensor, reading: _Reading) -> Tensor:
-        for layer in _stack(layers):
-            y = self.dropout(reading.apply(layer, x))
+    def _applier(self, reading: _Reading) -> _Apply:
+        def apply(layer: RecurrentLayer, x: Tensor) -> Tensor:
+            y: Tensor = self.dropout(reading.apply(layer, x))
+            return y
+
+        return apply
+
+    def _read(
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        apply: _Apply,
+        intermediate: list[Tensor] | None = None,
+    ) -> Tensor:
+        for i, layer in enumerate(_stack(layers), 1):
+            y = apply(layer, x)
             x = x + y if self.skip else y
+            if layers is self.layers and str(i) in self.conditionings:
+                x, logits = self.conditionings[str(i)](x)
+                if intermediate is not None:
+                    intermediate.append(logits)
         return x
+
+
+class Conditioning(nn.Module):
+    """Reads phones off what a layer gave and lets the next ones know (Nozaki and Komatsu 2021).
+
+    At first it adds nothing, so that it can be put into a trained model.
+    """
+
+    def __init__(self, n_phones: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, n_phones)
+        self.feedback = nn.Linear(n_phones, width, bias=False)
+        nn.init.zeros_(self.feedback.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, frames, width) → the same, changed, and phone logits (batch, frames, phone)."""
+        logits = self.head(self.norm(x))
+        return x + self.feedback(logits.softmax(-1)), logits
 
 
 class Spelling(nn.Module):

@@ -176,9 +176,10 @@ class TrainingRun:
         if options.consistency:
             batch = batch.twice()
         features = self.augment(batch)
+        intermediate: list[Tensor] = []
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             token_logits, phone_logits, lengths = model(
-                features.to(device), batch.feature_lengths.to(device), chunking
+                features.to(device), batch.feature_lengths.to(device), chunking, intermediate
             )
         return compute_losses(
             token_logits,
@@ -191,6 +192,8 @@ class TrainingRun:
             trigram=self.trigram,
             ctc_share=options.ctc_share,
             consistency=options.consistency,
+            intermediate=intermediate,
+            intermediate_weight=options.intermediate_weight,
         )
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
