@@ -51,7 +51,7 @@ Counts = Sequence[ErrorCounts]
 _RESCORING_GRID: Final = (
     tuple(np.round(np.arange(0.0, 1.55, 0.1), 2).tolist()),
     tuple(np.round(np.arange(-0.8, 0.25, 0.1), 2).tolist()),
-    (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5),
+    (-2.5, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5),
 )
 _RIDGE: Final = 1.0  # on standardised features
 _NEWTON_STEPS: Final = 30

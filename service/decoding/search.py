@@ -31,6 +31,8 @@ IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
+NO_PHRASES: Final = 2
+"""States of a phrase automaton without phrases."""
 NO_WORD: Final = -1
 OFF_TRIE: Final = -1
 
@@ -208,7 +210,8 @@ class Scratch(NamedTuple):
 
     probs: DoubleArray
     kept: IntArray
-    """Tokens that may begin an edge, ascending."""
+    """Tokens that may begin an edge, likely ones first."""
+    is_kept: BoolArray
     child_of: IntArray
     """Child of the prefix at hand by token, −1 where there is none."""
     new_blank: DoubleArray
@@ -222,6 +225,8 @@ class Scratch(NamedTuple):
     n_found: LongArray
     best: DoubleArray
     """Largest mass so far, float64, (1,)."""
+    floor: DoubleArray
+    """What the last place in the next beam has at least, float64, (1,)."""
     entropy: DoubleArray
     """Of the frame's tokens, float64, (1,)."""
     # candidates: prefixes that may enter the beam
@@ -250,6 +255,7 @@ def new_scratch(knowledge: Knowledge) -> Scratch:
     return Scratch(
         probs=np.empty(settings.n_tokens),
         kept=np.empty(settings.n_tokens, np.int32),
+        is_kept=np.zeros(settings.n_tokens, np.bool_),
         child_of=np.full(settings.n_tokens, -1, np.int32),
         new_blank=np.empty(width),
         new_token=np.empty(width),
@@ -259,6 +265,7 @@ def new_scratch(knowledge: Knowledge) -> Scratch:
         slot_table=np.empty(1 << (4 * width).bit_length(), np.int32),
         n_found=np.zeros(1, np.int64),
         best=np.zeros(1),
+        floor=np.zeros(1),
         entropy=np.zeros(1),
         slot=integers(),
         node=integers(),
@@ -309,15 +316,21 @@ def advance(
 
 @inlined
 def _choose_tokens(settings: SearchSettings, log_probs: FloatArray, scratch: Scratch) -> int:
-    """Fill in the probabilities and the tokens worth an edge; return how many."""
+    """Fill in the probabilities and the tokens worth an edge, likely ones first; how many."""
     n_kept = 0
     entropy = 0.0
     for token in range(settings.n_tokens):
         scratch.probs[token] = math.exp(log_probs[token])
         if scratch.probs[token] > 0.0:
             entropy -= scratch.probs[token] * log_probs[token]
-        if token != settings.blank and log_probs[token] >= settings.token_min_log_prob:
-            scratch.kept[n_kept] = token
+        is_kept = token != settings.blank and log_probs[token] >= settings.token_min_log_prob
+        scratch.is_kept[token] = is_kept
+        if is_kept:
+            at = n_kept
+            while at > 0 and log_probs[scratch.kept[at - 1]] < log_probs[token]:
+                scratch.kept[at] = scratch.kept[at - 1]
+                at -= 1
+            scratch.kept[at] = token
             n_kept += 1
     scratch.entropy[0] = entropy
     return n_kept
@@ -326,7 +339,7 @@ def _choose_tokens(settings: SearchSettings, log_probs: FloatArray, scratch: Scr
 @inlined
 def _stay(settings: SearchSettings, state: SearchState, scratch: Scratch) -> None:
     """The masses of prefixes that do not grow in this frame."""
-    best = 0.0
+    best, least = 0.0, math.inf
     for slot in range(state.counts[N_SLOTS]):
         token = state.token[state.slot_node[slot]]
         total = state.blank_mass[slot] + state.token_mass[slot]
@@ -338,8 +351,10 @@ def _stay(settings: SearchSettings, state: SearchState, scratch: Scratch) -> Non
         else:
             scratch.new_token[slot] = state.token_mass[slot] * scratch.probs[token]
         scratch.inflow[slot] = 0.0
-        best = max(best, scratch.new_blank[slot] + scratch.new_token[slot])
+        mass = scratch.new_blank[slot] + scratch.new_token[slot]
+        best, least = max(best, mass), min(least, mass)
     scratch.best[0] = best
+    scratch.floor[0] = least if state.counts[N_SLOTS] == settings.beam_width else 0.0
     scratch.n_found[0] = 0
 
 
@@ -354,38 +369,46 @@ def _extend(
     place = state.place[node]
     has_boundary = settings.boundary >= 0
     is_start = place == 0
+    total = state.blank_mass[slot] + state.token_mass[slot]
     child = state.first_child[node]
     while child >= 0:
+        token = state.token[child]
+        if scratch.is_kept[token]:
+            source = state.blank_mass[slot] if token == last else total
+            _offer(settings, state, scratch, slot, token, source * scratch.probs[token], child)
         if has_boundary or state.word[child] == NO_WORD:
-            scratch.child_of[state.token[child]] = child
+            scratch.child_of[token] = child
         child = state.next_sibling[child]
-    begin, end = 0, 0
-    if place >= 0:
-        begin, end = trie.child_start[place], trie.child_start[place + 1]
-    total = state.blank_mass[slot] + state.token_mass[slot]
+    # in the trie the share of a running word only falls
+    only_falls = place >= 0 and len(knowledge.phrases.credit) == NO_PHRASES
+    only_falls = only_falls and not settings.open_vocabulary
     for i in range(n_kept):
         token = scratch.kept[i]
         source = state.blank_mass[slot] if token == last else total
         mass = source * scratch.probs[token]
-        child = scratch.child_of[token]
-        if child >= 0:
-            _offer(settings, state, scratch, slot, token, mass, child)
-        elif token == settings.boundary:
+        if scratch.child_of[token] >= 0:
+            continue
+        if token == settings.boundary:
             if last != token:
                 _end_word(knowledge, state, scratch, slot, token, mass)
+        elif only_falls and total * scratch.probs[token] <= _limit(settings, scratch):
+            if not has_boundary:
+                break  # the others are less likely
         elif knowledge.may_begin[token] if is_start else knowledge.may_continue[token]:
-            while begin < end and trie.token[begin] < token:
-                begin += 1
-            following = OFF_TRIE
-            if begin < end and trie.token[begin] == token:
-                following = begin
+            following = find_child(trie, place, token) if place >= 0 else OFF_TRIE
             _spell(knowledge, state, scratch, slot, token, mass, following)
-        if not (has_boundary or is_start) and knowledge.may_begin[token]:
-            _end_words(knowledge, state, scratch, slot, token, mass)
+    if not (has_boundary or is_start):
+        _end_words(knowledge, state, scratch, slot, n_kept)
     child = state.first_child[node]
     while child >= 0:
         scratch.child_of[state.token[child]] = -1
         child = state.next_sibling[child]
+
+
+@inlined
+def _limit(settings: SearchSettings, scratch: Scratch) -> float:
+    """The mass up to which a prefix has no place in the next beam."""
+    return max(scratch.best[0] * settings.beam_prune, scratch.floor[0])
 
 
 @inlined
@@ -407,7 +430,7 @@ def _offer(
         scratch.best[0] = max(
             scratch.best[0], scratch.new_blank[target] + scratch.new_token[target]
         )
-    elif grown > scratch.best[0] * settings.beam_prune:
+    elif grown > _limit(settings, scratch):
         at = _next_candidate(settings, scratch, slot, token, grown)
         scratch.node[at] = child
 
@@ -443,7 +466,7 @@ def _propose(
 ) -> None:
     """Note a candidate that the tree has no node for, unless it is too weak."""
     grown = mass * factor
-    if grown > scratch.best[0] * settings.beam_prune:
+    if grown > _limit(settings, scratch):
         at = _next_candidate(settings, scratch, slot, token, grown)
         scratch.node[at] = -1
         scratch.word[at] = word
@@ -488,7 +511,7 @@ def _end_word(
     settings, phrases = knowledge.settings, knowledge.phrases
     node = state.slot_node[slot]
     bound = mass * settings.largest_gain / state.look[node]
-    if bound <= scratch.best[0] * settings.beam_prune:
+    if bound <= _limit(settings, scratch):
         return
     word = spelled_word(knowledge, state.place[node], state.phrase[node])
     if word == NO_WORD:
@@ -539,7 +562,7 @@ def word_gain(
 
 @inlined
 def _end_words(
-    knowledge: Knowledge, state: SearchState, scratch: Scratch, slot: int, token: int, mass: float
+    knowledge: Knowledge, state: SearchState, scratch: Scratch, slot: int, n_kept: int
 ) -> None:
     """End the running word by the first token of the next one, for every word spelled so."""
     settings, trie, phrases = knowledge.settings, knowledge.trie, knowledge.phrases
@@ -548,56 +571,63 @@ def _end_words(
     is_known = False
     if place > 0:
         for i in range(trie.word_start[place], trie.word_start[place + 1]):
-            _begin_word(knowledge, state, scratch, slot, token, mass, trie.words[i])
+            _begin_words(knowledge, state, scratch, slot, n_kept, trie.words[i])
             is_known = True
     chain = state.phrase[node]
     while chain > DEAD:
         for child in range(phrases.child_start[chain], phrases.child_start[chain + 1]):
             word = phrases.symbol[child] - settings.n_tokens
             if word >= settings.n_lm_words:
-                _begin_word(knowledge, state, scratch, slot, token, mass, word)
+                _begin_words(knowledge, state, scratch, slot, n_kept, word)
                 is_known = True
         chain = phrases.fail[chain]
     if settings.open_vocabulary and not is_known:
-        _begin_word(knowledge, state, scratch, slot, token, mass, settings.unknown_word)
+        _begin_words(knowledge, state, scratch, slot, n_kept, settings.unknown_word)
 
 
 @compiled
-def _begin_word(
-    knowledge: Knowledge,
-    state: SearchState,
-    scratch: Scratch,
-    slot: int,
-    token: int,
-    mass: float,
-    word: int,
+def _begin_words(
+    knowledge: Knowledge, state: SearchState, scratch: Scratch, slot: int, n_kept: int, word: int
 ) -> None:
+    """End a word by each token that may begin the next one."""
     settings, phrases = knowledge.settings, knowledge.phrases
     node = state.slot_node[slot]
-    child = state.first_child[node]
-    while child >= 0:
-        if state.token[child] == token and state.word[child] == word:
-            _offer(settings, state, scratch, slot, token, mass, child)
-            return
-        child = state.next_sibling[child]
-    bound = mass * settings.largest_gain / state.look[node]
-    if bound <= scratch.best[0] * settings.beam_prune:
-        return
-    place = find_child(knowledge.trie, 0, token)
+    total = state.blank_mass[slot] + state.token_mass[slot]
     between = follow(phrases, state.phrase[node], settings.n_tokens + word, True)
-    phrase = follow(phrases, between, token, False)
-    if place == OFF_TRIE and phrase == DEAD and not settings.open_vocabulary:
-        return
-    if place >= 0:
-        look = knowledge.look_ahead[place]
-    else:
-        look = settings.unknown_share if phrase == DEAD else settings.phrase_share
-    factor = word_gain(knowledge, state, node, word, scratch.lm_state)
-    factor *= phrases.reward[between] * phrases.credit[phrase] / phrases.credit[state.phrase[node]]
-    factor *= look / state.look[node]
-    if word == settings.unknown_word:
-        factor *= settings.unknown_share
-    _propose(settings, scratch, slot, token, mass, word, place, phrase, factor, look)
+    gain = -1.0  # the word's, asked for when a token may be worth it
+    most = settings.largest_gain / state.look[node]
+    for i in range(n_kept):
+        token = scratch.kept[i]
+        if total * scratch.probs[token] * most <= _limit(settings, scratch):
+            break  # the others are less likely
+        source = state.blank_mass[slot] if token == state.token[node] else total
+        mass = source * scratch.probs[token]
+        if not knowledge.may_begin[token] or _has_edge(state, node, token, word):
+            continue
+        place = find_child(knowledge.trie, 0, token)
+        phrase = follow(phrases, between, token, False)
+        if place == OFF_TRIE and phrase == DEAD and not settings.open_vocabulary:
+            continue
+        if gain < 0.0:
+            gain = word_gain(knowledge, state, node, word, scratch.lm_state)
+            gain *= phrases.reward[between] / phrases.credit[state.phrase[node]] / state.look[node]
+            if word == settings.unknown_word:
+                gain *= settings.unknown_share
+        if place >= 0:
+            look = knowledge.look_ahead[place]
+        else:
+            look = settings.unknown_share if phrase == DEAD else settings.phrase_share
+        factor = gain * phrases.credit[phrase] * look
+        _propose(settings, scratch, slot, token, mass, word, place, phrase, factor, look)
+
+
+@inlined
+def _has_edge(state: SearchState, node: int, token: int, word: int) -> bool:
+    """Whether the tree has what follows a node by a token that ends a word."""
+    child = state.first_child[node]
+    while child >= 0 and (state.token[child] != token or state.word[child] != word):
+        child = state.next_sibling[child]
+    return bool(child >= 0)
 
 
 @compiled
@@ -637,6 +667,7 @@ def _thin(scratch: Scratch, width: int) -> None:
             scratch.mass[kept] = scratch.mass[i]
             kept += 1
     scratch.n_found[0] = kept
+    scratch.floor[0] = max(scratch.floor[0], least)
 
 
 @compiled
