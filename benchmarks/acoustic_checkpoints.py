@@ -2,7 +2,9 @@
 
 For every checkpoint and condition: greedy word error rate of the token head, phone error rate of
 the phone head against the usual pronunciations, and the word error rate of the bundle's search over
-phones with weights swept and cross-fitted over two halves of the speakers.
+phones with weights swept and cross-fitted over two halves of the speakers. With the transcripts of
+the training set, also the phone head's loss (CTC-CRF under their phone trigram, nats a phone, usual
+pronunciations): chance moves it far less than error rates.
 
 python benchmarks/acoustic_checkpoints.py runs/a/last.pt runs/b/last.pt --dev dev.jsonl
 """
@@ -19,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from conditions import CONDITIONS
+from torch import Tensor
 from tqdm import tqdm
 
 from service.audio import load_audio
@@ -33,7 +36,9 @@ from service.scoring import ErrorCounts, count_errors, pool
 from service.text import collapse, decode, normalise
 from service.tuning import Item, cross_fit, find_lowest
 from training.checkpoint import load_checkpoint, load_model
+from training.crf import estimate_trigram, log_partition, score_labels
 from training.lexicon import PHONES, Dictionary, load_dictionary, make_lexicon, pronounce
+from training.loss import ctc_nll
 from training.ngram import NGRAM_NAME
 
 FloatArray = npt.NDArray[np.float32]
@@ -65,6 +70,7 @@ def main() -> None:
     parser.add_argument(
         "--prior-scale", type=float, default=0.0, help="of the phones' log priors, subtracted"
     )
+    parser.add_argument("--transcripts", type=Path, help="manifest of the training set")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -93,16 +99,18 @@ def main() -> None:
         condition: prepare(rows, CONDITIONS[condition], bundle.config.features)
         for condition in options.conditions
     }
+    trigram = None if options.transcripts is None else phone_trigram(options.transcripts)
     for path in options.checkpoints:
         for condition, utterances in speech.items():
             print(f"{path}, {condition}")
-            report(path, utterances, decoders, prior_scale=options.prior_scale)
+            report(path, utterances, decoders, trigram, prior_scale=options.prior_scale)
 
 
 def report(
     path: Path,
     utterances: Utterances,
     decoders: dict[tuple[float, float], BeamDecoder],
+    trigram: Tensor | None,
     *,
     prior_scale: float = 0.0,
 ) -> None:
@@ -112,6 +120,7 @@ def report(
     items: list[Item] = []
     greedy: list[ErrorCounts] = []
     phone_errors: list[ErrorCounts] = []
+    nats = np.zeros(len(utterances.rows))
     dictionary = load_dictionary()
     heard: list[dict[str, FloatArray]] = []
     for features in utterances.features:
@@ -126,7 +135,7 @@ def report(
             }
         )
     prior = np.exp(np.concatenate([heads["phones"] for heads in heard])).mean(axis=0)
-    for row, heads in zip(utterances.rows, heard, strict=True):
+    for i, (row, heads) in enumerate(zip(utterances.rows, heard, strict=True)):
         scores = heads["phones"] - prior_scale * np.log(np.maximum(prior, LEAST_PRIOR))
         heads["phones"] = torch.from_numpy(scores).log_softmax(-1).numpy()
         reference = normalise(row.text or "")
@@ -134,6 +143,8 @@ def report(
         best = decode(collapse(heads["characters"].argmax(-1).tolist()), checkpoint.tokens)
         greedy.append(count_errors([reference], [best]))
         said = pronounce(reference, dictionary) or []
+        if trigram is not None and said:
+            nats[i] = phone_loss(heads["phones"], said, trigram)
         recognised = collapse(heads["phones"].argmax(-1).tolist())
         names = [" ".join(PHONES[i] for i in ids) for ids in (said, recognised)]
         phone_errors.append(count_errors(names[:1], names[1:]) if said else ErrorCounts())
@@ -151,12 +162,30 @@ def report(
     print(f"  best alpha, beta: {shipped}; seen {checkpoint.progress.audio_s / 3600:.0f} hours")
     corpora = np.array([item.corpus for item in items])
     for corpus in [*sorted(set(corpora)), ""]:
-        chosen = np.flatnonzero(corpora == corpus) if corpus else range(len(items))
+        chosen = np.flatnonzero(corpora == corpus) if corpus else np.arange(len(items))
+        n_phones = pool(phone_errors[i] for i in chosen).n_words
+        loss = "" if trigram is None else f"  loss {nats[chosen].sum() / n_phones:.3f}"
         print(
             f"  {corpus or 'all':26} greedy {pool(greedy[i] for i in chosen).wer:6.1%}  "
             f"phones {pool(phone_errors[i] for i in chosen).wer:6.1%}  "
-            f"beam {pool(fitted[i] for i in chosen).wer:6.1%}"
+            f"beam {pool(fitted[i] for i in chosen).wer:6.1%}{loss}"
         )
+
+
+def phone_trigram(manifest: Path) -> Tensor:
+    """The trigram of the usual pronunciations of a manifest's transcripts."""
+    dictionary = load_dictionary()
+    said = (pronounce(normalise(row.text or ""), dictionary) for row in read_manifest(manifest))
+    return estimate_trigram((phones for phones in said if phones), len(PHONES))
+
+
+def phone_loss(log_probs: FloatArray, said: Sequence[int], trigram: Tensor) -> float:
+    """Of CTC-CRF, nats."""
+    scores, labels = torch.from_numpy(log_probs)[None], torch.tensor([said])
+    lengths, label_lengths = torch.tensor([len(log_probs)]), torch.tensor([len(said)])
+    ctc = ctc_nll(scores, lengths, labels, label_lengths)
+    everything = log_partition(scores, lengths, trigram)
+    return float(ctc + (everything - score_labels(trigram, labels, label_lengths)).sum())
 
 
 def prepare(
