@@ -36,7 +36,7 @@ from torch.utils.data import get_worker_info
 from service.errors import TrainingError
 from service.scoring import count_errors
 from service.text import CHARACTERS, collapse, encode
-from training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint, save_weights
 from training.config import StreamingSettings, load_settings
 from training.data import Batch, BatchStream, Labels, collate
 from training.distributed import World
@@ -290,21 +290,32 @@ def test_resumed_run_equals_an_uninterrupted_one(
     assert _read_rows(tmp_path / "run") == _read_rows(uninterrupted)
 
 
-def test_conditioned_layers_learn_and_are_exactly_resumed(
-    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = (*_RANDOM, "model.n_layers=2", "model.conditioned_layers=[1]")
-    whole, parts = (make_settings(corpus, tmp_path / n, *changes) for n in ("whole", "parts"))
+def _train_with_a_stop(
+    corpus: TinyCorpus, folder: Path, monkeypatch: pytest.MonkeyPatch, *changes: str
+) -> Checkpoint:
+    """The end of a run, after making sure that it is the same when the run is stopped once."""
+    whole, parts = (
+        make_settings(corpus, folder / n, *_RANDOM, *changes) for n in ("whole", "parts")
+    )
     train(whole)
     with monkeypatch.context() as stopping:
         _stop_after(stopping, 1)
         train(parts)
     train(parts)
-    actual, expected = (load_checkpoint(tmp_path / n / "last.pt") for n in ("parts", "whole"))
-    assert expected.model is not None
+    actual, expected = (load_checkpoint(folder / n / "last.pt") for n in ("parts", "whole"))
     _assert_same(actual.model, expected.model)
-    assert expected.model["conditionings.1.head.bias"].abs().max() > 0
-    assert expected.model["conditionings.1.feedback.weight"].abs().max() > 0
+    _assert_same(actual.optimiser, expected.optimiser)
+    return expected
+
+
+def test_conditioned_layers_learn_and_are_exactly_resumed(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = "model.n_layers=2", "model.conditioned_layers=[1]"
+    end = _train_with_a_stop(corpus, tmp_path, monkeypatch, *changes)
+    assert end.model is not None
+    assert end.model["conditionings.1.head.bias"].abs().max() > 0
+    assert end.model["conditionings.1.feedback.weight"].abs().max() > 0
 
 
 def test_conditioned_layers_must_exist(corpus: TinyCorpus, tmp_path: Path) -> None:
@@ -315,18 +326,7 @@ def test_conditioned_layers_must_exist(corpus: TinyCorpus, tmp_path: Path) -> No
 def test_resumed_muon_equals_an_uninterrupted_run(
     corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, parts = (
-        make_settings(corpus, tmp_path / name, *_RANDOM, "optimiser.kind=muon")
-        for name in ("whole", "parts")
-    )
-    train(whole)
-    with monkeypatch.context() as stopping:
-        _stop_after(stopping, 1)
-        train(parts)
-    train(parts)
-    actual, expected = (load_checkpoint(tmp_path / name / "last.pt") for name in ("parts", "whole"))
-    _assert_same(actual.model, expected.model)
-    _assert_same(actual.optimiser, expected.optimiser)
+    _train_with_a_stop(corpus, tmp_path, monkeypatch, "optimiser.kind=muon")
     with pytest.raises(TrainingError, match=r"optimiser\.kind .* keep it or choose another"):
         train(make_settings(corpus, tmp_path / "whole", *_RANDOM))
 
