@@ -45,8 +45,11 @@ def main() -> None:
     for name in names:
         directory = options.output / name
         start = time.monotonic()
-        train(_settings(options, known[name], directory))
+        settings = _settings(options, known[name], directory)
+        progress = train(settings)
         _note_time(directory, time.monotonic() - start)
+        if progress.epoch < settings.optimiser.n_epochs:
+            raise SystemExit(f"{name} was stopped; the same command goes on with it")
         script = Path(__file__).with_name("acoustic_checkpoints.py")
         paths = [script, directory / "last.pt", "--dev", options.dev]
         command = [sys.executable, *map(str, paths), *scoring]

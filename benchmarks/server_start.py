@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from service.bundle import find_bundle
-from service.decoding.compiled import CACHE_VARIABLE
+from service.cache import CACHE_VARIABLE
 from service.processors import count_usable_processors
 from training.precision import processor_name
 

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.text import Text
 
 from service.bundle import CONFIG_NAME, Bundle, find_bundle, load_bundle
+from service.cache import CACHE_VARIABLE
 from service.errors import InputError, VoxgateError
 from service.processors import count_usable_processors
 
@@ -299,12 +300,12 @@ def check_search_cache() -> Findings:
 
     folder = compiled._FOLDER  # noqa: SLF001  # what the search itself has decided to use
     if folder is None:
-        where = os.environ.get(compiled.CACHE_VARIABLE) or "the cache folder"
+        where = os.environ.get(CACHE_VARIABLE) or "the cache folder"
         yield Finding(
             "search",
             f"{where} cannot be written: every start compiles the search, which takes about a "
             "minute",
-            fix=f"set {compiled.CACHE_VARIABLE} to a folder that can be written and is kept",
+            fix=f"set {CACHE_VARIABLE} to a folder that can be written and is kept",
         )
     elif any(folder.rglob("*.nbi")):
         yield Finding("search", f"compiled for this processor, in {folder}: starts take seconds")

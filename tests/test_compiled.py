@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from service.cache import CACHE_VARIABLE
 from service.decoding import compiled
 
 _PROGRAM = """
@@ -23,7 +24,7 @@ def _run_with_cache(cache: Path | str) -> None:
     """Compile and run one kernel in a fresh process."""
     found = subprocess.run(
         [sys.executable, "-c", _PROGRAM],
-        env=os.environ | {compiled.CACHE_VARIABLE: str(cache)},
+        env=os.environ | {CACHE_VARIABLE: str(cache)},
         capture_output=True,
         text=True,
         check=True,
@@ -48,7 +49,7 @@ def test_the_search_works_where_no_cache_can_be_written(cache: str) -> None:
 def test_another_processor_has_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(compiled.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     mine = compiled._cache_folder()
     monkeypatch.setattr(compiled, "get_host_cpu_name", lambda: "another")
     assert compiled._cache_folder() not in (None, mine)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from training.compiled import load_kernel
 from training.crf import BOUNDARY, estimate_trigram, log_partition, score_labels
 from training.loss import compute_losses
 
@@ -18,6 +19,15 @@ _SEQUENCES = [[1, 2, 3], [2, 2, 1], [3], [1, 3, 3, 2], [2, 1]]
 @pytest.fixture(scope="module")
 def trigram() -> Tensor:
     return estimate_trigram(_SEQUENCES, _N_LABELS)
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def _implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums are worked out by compiled code, and where there is no compiler by torch."""
+    if request.param == "torch":
+        monkeypatch.setattr("training.crf.load_kernel", lambda _: None)
+    else:
+        assert load_kernel("crf") is not None
 
 
 def _draw_log_probs(n_utterances: int, n_frames: int, *, seed: int = 5) -> Tensor:

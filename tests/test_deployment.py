@@ -13,8 +13,8 @@ from conftest import CHECKOUT
 from typer.testing import CliRunner
 
 from service.bundle import BUNDLE_VARIABLE, load_bundle
+from service.cache import CACHE_VARIABLE
 from service.cli import DEFAULT_PORT, app
-from service.decoding.compiled import CACHE_VARIABLE
 
 if sys.version_info >= (3, 11):
     import tomllib

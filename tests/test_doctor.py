@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from service import doctor
 from service.bundle import CONFIG_NAME, load_bundle
+from service.cache import CACHE_VARIABLE
 from service.cli import app
 from service.decoding import compiled
 from service.doctor import Finding, Findings
@@ -254,12 +255,12 @@ def test_search_cache_is_filled_empty_or_unwritable(
     assert "not yet compiled" in _only(doctor.check_search_cache()).text
     (tmp_path / "search.nbi").touch()
     assert "starts take seconds" in _only(doctor.check_search_cache()).text
-    monkeypatch.setenv(compiled.CACHE_VARIABLE, "/dev/null/below")
+    monkeypatch.setenv(CACHE_VARIABLE, "/dev/null/below")
     monkeypatch.setattr(compiled, "_FOLDER", compiled._cache_folder())
     finding = _only(doctor.check_search_cache())
     assert finding.mark == "note"
     assert finding.text.startswith("/dev/null/below cannot be written")
-    assert compiled.CACHE_VARIABLE in (finding.fix or "")
+    assert CACHE_VARIABLE in (finding.fix or "")
 
 
 def test_few_open_files_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from training.model import (
     AcousticModel,
     Cell,
     Chunking,
+    Dropout,
     RecurrentLayer,
     output_lengths,
     reversal_index,
@@ -560,3 +561,29 @@ def test_adopted_model_begins_unconditioned_and_keeps_its_conditioning() -> None
     )
     again.adopt(taught.state_dict())
     assert torch.equal(again(features, lengths)[1], taught(features, lengths)[1])
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
+    torch.manual_seed(3)
+    x = torch.ones(3, 70, 501, requires_grad=True)
+    y = Dropout(0.25)(x)
+    y.sum().backward()
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 4 / 3]))
+    assert (y == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert x.grad is not None
+    assert torch.equal(x.grad, y.detach())
+
+
+def test_dropout_draws_from_the_seed() -> None:
+    """A resumed run masks what an uninterrupted one would."""
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        drawn.append(Dropout(0.5)(torch.ones(9, 7)))
+    assert torch.equal(*drawn)
+
+
+def test_dropout_changes_nothing_outside_training() -> None:
+    x = torch.randn(5, 6)
+    assert Dropout(0.5).eval()(x) is x
+    assert Dropout(0.0)(x) is x

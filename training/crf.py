@@ -9,13 +9,17 @@ runs as batched matrix products in the probability domain, rescaled at every fra
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import pad
+
+from training.compiled import addresses, counts, load_kernel
 
 BOUNDARY = 0
 """Id of the start and the end of an utterance in the trigram; in the labels it is the blank."""
@@ -76,10 +80,43 @@ def log_partition(log_probs: Tensor, lengths: Tensor, trigram: Tensor) -> Tensor
     Returns:
         Natural log, float32, (batch,); differentiable with respect to `log_probs`.
     """
-    result: Tensor = _LogPartition.apply(  # type: ignore[no-untyped-call]
+    kernel = None if log_probs.is_cuda else load_kernel("crf")
+    if kernel is not None:
+        return _CompiledLogPartition.apply(  # type: ignore[no-any-return,no-untyped-call]
+            log_probs, lengths, trigram, kernel
+        )
+    return _LogPartition.apply(  # type: ignore[no-any-return,no-untyped-call]
         log_probs, lengths, trigram
     )
-    return result
+
+
+class _CompiledLogPartition(torch.autograd.Function):
+    """The same as `_LogPartition`, by `kernels/crf.cpp`; both directions in one go."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401  # torch's own
+        log_probs: Tensor,
+        lengths: Tensor,
+        trigram: Tensor,
+        kernel: ctypes.CDLL,
+    ) -> Tensor:
+        probs = log_probs.detach().float().exp().contiguous()
+        totals = probs.new_empty(len(probs))
+        posteriors = torch.zeros_like(probs) if ctx.needs_input_grad[0] else None
+        arrays = (trigram, probs, lengths.contiguous(), totals, posteriors)
+        kernel.crf_sum(*counts(*probs.shape), *addresses(*arrays))
+        ctx.save_for_backward(posteriors)
+        return totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,  # noqa: ANN401  # torch's own
+        d_totals: Tensor,
+    ) -> tuple[Tensor, None, None, None]:
+        (posteriors,) = ctx.saved_tensors
+        return posteriors * d_totals[:, None, None], None, None, None
 
 
 class _LogPartition(torch.autograd.Function):

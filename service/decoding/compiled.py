@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,23 +17,21 @@ from typing import Final, TypeVar
 import numba
 from llvmlite.binding import get_host_cpu_features, get_host_cpu_name
 
-logger = logging.getLogger(__name__)
+from service.cache import CACHE_VARIABLE, cache_folder
 
-CACHE_VARIABLE: Final = "VOXGATE_CACHE"
+logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def _cache_folder() -> Path | None:
     """The folder of this version's machine code; None where it cannot be written."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    base = Path(os.environ.get(CACHE_VARIABLE) or Path(home) / "voxgate")
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     for fact in (numba.__version__, get_host_cpu_name(), get_host_cpu_features().flatten()):
         digest.update(fact.encode())
-    folder = base / f"decoding-{digest.hexdigest()[:16]}"
+    folder = cache_folder() / f"decoding-{digest.hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
