@@ -11,6 +11,7 @@ from tiny import N_MELS, make_model
 from torch import Tensor, nn
 
 from service.text import CHARACTERS
+from training.compiled import load_kernel
 from training.lexicon import PHONES
 from training.model import (
     AcousticModel,
@@ -587,3 +588,21 @@ def test_dropout_changes_nothing_outside_training() -> None:
     x = torch.randn(5, 6)
     assert Dropout(0.5).eval()(x) is x
     assert Dropout(0.0)(x) is x
+
+
+@pytest.mark.parametrize("chunking", [None, *_CHUNKINGS])
+def test_gradients_are_those_of_torch(
+    chunking: Chunking | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiled LSTM hands states on from window to window, and their gradients back."""
+    model = make_model(cell="lstm")
+    features = _pad(_draw_utterances(), n_frames=max(_LENGTHS), garbage=0.0)
+    results = []
+    for kernel in (load_kernel, lambda _: None):
+        monkeypatch.setattr("training.lstm.load_kernel", kernel)
+        model.zero_grad()
+        tokens, phones, _ = model(features, torch.tensor(_LENGTHS), chunking)
+        (tokens.square().sum() + phones.square().sum()).backward()
+        results.append([p.grad for p in model.parameters()])
+    for mine, expected in zip(*results, strict=True):
+        torch.testing.assert_close(mine, expected, atol=1e-4, rtol=1e-3)

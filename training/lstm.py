@@ -30,9 +30,7 @@ class Lstm(nn.LSTM):
     Where gradients are wanted on a processor it computes as this file says, else as torch does.
     """
 
-    def forward(
-        self, x: Tensor, state: LstmState | None = None
-    ) -> tuple[Tensor, LstmState]:
+    def forward(self, x: Tensor, state: LstmState | None = None) -> tuple[Tensor, LstmState]:
         """Read sequences.
 
         Args:
@@ -42,19 +40,38 @@ class Lstm(nn.LSTM):
         Returns:
             Outputs (batch, frames, hidden), and the state after the last frame.
         """
-        is_training = torch.is_grad_enabled() and not torch.onnx.is_in_onnx_export()
-        kernel = load_kernel("lstm") if is_training and not x.is_cuda else None
-        if kernel is None or x.shape[1] == 0:
+        if not self.is_compiled(x) or x.shape[1] == 0:
             result: tuple[Tensor, LstmState] = nn.LSTM.forward(self, x, state)
             return result
+        outputs, (output, cell) = self.read_compiled(x, state, edge_every=x.shape[1])
+        return outputs, (output, cell)
+
+    def is_compiled(self, x: Tensor) -> bool:
+        """Whether the compiled code reads `x`."""
+        is_training = torch.is_grad_enabled() and not torch.onnx.is_in_onnx_export()
+        return is_training and not x.is_cuda and load_kernel("lstm") is not None
+
+    def read_compiled(
+        self, x: Tensor, state: LstmState | None, *, edge_every: int
+    ) -> tuple[Tensor, LstmState]:
+        """Read sequences by the compiled code.
+
+        Args:
+            x: see `forward`.
+            state: see `forward`.
+            edge_every: after how many frames, again and again, the state is wanted.
+
+        Returns:
+            Outputs (batch, frames, hidden), and the states, each (edges, batch, hidden).
+        """
         w_ih, w_hh, b_ih, b_hh = (w for w in self._flat_weights if isinstance(w, Tensor))
         inputs = linear(x.transpose(0, 1), w_ih, b_ih + b_hh)  # (frames, batch, 4 * hidden)
         start = inputs.new_zeros(1, x.shape[0], self.hidden_size)
         output, cell = (start, start) if state is None else state
-        outputs, cell = _Recurrence.apply(  # type: ignore[no-untyped-call]
-            inputs, w_hh, output[0], cell[0], kernel
+        outputs, edges = _Recurrence.apply(  # type: ignore[no-untyped-call]
+            inputs, w_hh, output[0], cell[0], edge_every
         )
-        return outputs.transpose(0, 1), (outputs[-1:], cell.unsqueeze(0))
+        return outputs.transpose(0, 1), (outputs[edge_every - 1 :: edge_every], edges)
 
 
 class _Recurrence(torch.autograd.Function):
@@ -71,8 +88,10 @@ class _Recurrence(torch.autograd.Function):
         weight: Tensor,
         output: Tensor,
         cell: Tensor,
-        kernel: ctypes.CDLL,
+        edge_every: int,
     ) -> tuple[Tensor, Tensor]:
+        kernel = load_kernel("lstm")
+        assert kernel is not None
         inputs = inputs.contiguous()
         outputs = inputs.new_empty(len(inputs) + 1, *output.shape)
         cells = torch.empty_like(outputs, dtype=torch.float32)
@@ -81,23 +100,25 @@ class _Recurrence(torch.autograd.Function):
         run = getattr(kernel, f"lstm_forward_{_STORED[inputs.dtype]}")
         run(*_describe(kernel, outputs), *addresses(weight, inputs, gates, outputs, cells))
         ctx.save_for_backward(weight, gates, outputs, cells)
-        ctx.kernel = kernel
-        return outputs[1:], cells[-1].to(cell.dtype)
+        ctx.kernel, ctx.edge_every = kernel, edge_every
+        return outputs[1:], cells[edge_every::edge_every].clone()
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any,  # noqa: ANN401  # torch's own
         d_outputs: Tensor,
-        d_cell: Tensor,
+        d_edges: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         weight, gates, outputs, cells = ctx.saved_tensors
-        d_outputs = d_outputs.to(gates.dtype).contiguous()
-        d_gates, d_output = torch.empty_like(gates), torch.empty_like(cells[0])
-        d_cell = d_cell.float().clone()
+        d_outputs, d_edges = d_outputs.to(gates.dtype).contiguous(), d_edges.contiguous()
+        d_gates = torch.empty_like(gates)
+        d_output, d_cell = torch.empty_like(cells[0]), torch.empty_like(cells[0])
         run = getattr(ctx.kernel, f"lstm_backward_{_STORED[gates.dtype]}")
-        arrays = (weight, gates, cells, d_outputs, d_gates, d_output, d_cell)
-        run(*_describe(ctx.kernel, outputs), *addresses(*arrays))
+        given = addresses(weight, gates, cells, d_outputs, d_edges)
+        edge_every = ctypes.c_long(ctx.edge_every)
+        wanted = addresses(d_gates, d_output, d_cell)
+        run(*_describe(ctx.kernel, outputs), *given, edge_every, *wanted)
         d_weight = d_gates.flatten(0, 1).t() @ outputs[:-1].flatten(0, 1)
         return d_gates, d_weight.to(weight.dtype), d_output, d_cell, None
 

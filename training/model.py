@@ -498,17 +498,12 @@ class RecurrentLayer(nn.Module):
             The windows' output, same shape, and the forward direction's state after the last chunk.
         """
         x = self.norm(x)
-        chunks, edges = [], []
-        for chunk in x[:, :n_chunk].unflatten(0, (-1, n_windows)).unbind(1):
-            y, state = self.ahead(chunk, state)
-            chunks.append(y)
-            edges.append(state)
-        ahead = torch.stack(chunks, 1).flatten(0, 1)  # (batch * window, n_chunk, hidden)
-        assert state is not None
+        chunks = x[:, :n_chunk].unflatten(0, (-1, n_windows))  # (batch, window, n_chunk, width)
+        ahead, edges = _read_chunks(self.ahead, chunks, state)
         if self.back is None:
-            return ahead, state
+            return ahead, edges[-1]
         right: Tensor = self.ahead(x[:, n_chunk:], _stack_states(edges))[0]
-        return self._add_reverse(torch.cat([ahead, right], 1), x, reverse), state
+        return self._add_reverse(torch.cat([ahead, right], 1), x, reverse), edges[-1]
 
     def _add_reverse(self, ahead: Tensor, x: Tensor, reverse: Tensor) -> Tensor:
         """The outputs of both directions side by side: (batch, frames, width)."""
@@ -555,6 +550,36 @@ def _zero_padding(x: Tensor, lengths: Tensor) -> Tensor:
     """Zero what lies behind each sequence's length; time is axis 1 of `x`."""
     outside = torch.arange(x.shape[1], device=x.device).unsqueeze(0) >= lengths.unsqueeze(1)
     return x.masked_fill(outside.reshape(outside.shape + (1,) * (x.dim() - 2)), 0.0)
+
+
+def _read_chunks(
+    network: nn.RNNBase, chunks: Tensor, state: RnnState | None
+) -> tuple[Tensor, list[RnnState]]:
+    """Read chunk after chunk, each from the state that the one before left.
+
+    Args:
+        network: of one direction.
+        chunks: (batch, window, n_chunk, width).
+        state: before the first chunk; None is zeros.
+
+    Returns:
+        Outputs, (batch * window, n_chunk, hidden), and the state after each chunk.
+    """
+    if isinstance(network, Lstm) and network.is_compiled(chunks):
+        n_windows, n_chunk = chunks.shape[1:3]
+        assert not isinstance(state, Tensor)
+        x = chunks.flatten(1, 2)
+        y, (outputs, cells) = network.read_compiled(x, state, edge_every=n_chunk)
+        edges = zip(outputs.split(1), cells.split(1), strict=True)
+        return y.unflatten(1, (n_windows, n_chunk)).flatten(0, 1), list(edges)
+    read: list[Tensor] = []
+    after: list[RnnState] = []
+    for chunk in chunks.unbind(1):
+        y, state = network(chunk, state)
+        assert state is not None
+        read.append(y)
+        after.append(state)
+    return torch.stack(read, 1).flatten(0, 1), after
 
 
 def _stack_states(states: list[RnnState]) -> RnnState:

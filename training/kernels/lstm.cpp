@@ -263,9 +263,10 @@ void forward(Shape shape, long n_threads, bool tiles, const float* weight, const
 
 template <typename Stored>
 void backward(Shape shape, long n_threads, bool tiles, const float* weight, const Stored* gates,
-              const float* cells, const Stored* d_outputs, Stored* d_gates, float* d_output,
-              float* d_cell) {
+              const float* cells, const Stored* d_outputs, const float* d_edges, long edge_every,
+              Stored* d_gates, float* d_output, float* d_cell) {
   const long size = shape.size;
+  std::fill_n(d_cell, shape.n_sequences * size, 0.0f);
   const Weights packed(weight, 4 * size, size, size, 1, tiles);
   share(shape.n_sequences, n_threads, [&](long first, long n) {
     Weights weights = packed;
@@ -273,6 +274,10 @@ void backward(Shape shape, long n_threads, bool tiles, const float* weight, cons
     std::vector<float> d_later(n * width, 0.0f);
     for (long t = shape.n_frames - 1; t >= 0; --t) {
       const long now = t * shape.n_sequences + first, next = now + shape.n_sequences;
+      if ((t + 1) % edge_every == 0) {
+        const long edge = ((t + 1) / edge_every - 1) * shape.n_sequences + first;
+        for (long j = 0; j < n * size; ++j) d_cell[first * size + j] += d_edges[edge * size + j];
+      }
       for (long i = 0; i < n; ++i)
         step_backward(size, gates + (now + i) * 4 * size, cells + (now + i) * size,
                       cells + (next + i) * size, d_outputs + (now + i) * size, &d_later[i * width],
@@ -307,10 +312,10 @@ int lstm_has_tiles(long size) {
   }                                                                                                 \
   void lstm_backward_##NAME(long n_frames, long n_sequences, long size, long n_threads, int tiles,  \
                             const float* weight, const STORED* gates, const float* cells,           \
-                            const STORED* d_outputs, STORED* d_gates, float* d_output,              \
-                            float* d_cell) {                                                        \
+                            const STORED* d_outputs, const float* d_edges, long edge_every,         \
+                            STORED* d_gates, float* d_output, float* d_cell) {                      \
     backward<STORED>({n_frames, n_sequences, size}, n_threads, tiles, weight, gates, cells,         \
-                     d_outputs, d_gates, d_output, d_cell);                                         \
+                     d_outputs, d_edges, edge_every, d_gates, d_output, d_cell);                    \
   }
 
 DEFINE(float32, float)
