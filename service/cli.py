@@ -735,6 +735,16 @@ def lm_build(
     *,
     order: Annotated[int, typer.Option("--order", metavar="N", help="Longest n-gram.")],
     output: Annotated[Path, typer.Option("--output", metavar="DIR")],
+    transcripts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--transcripts", metavar="MANIFEST", help="Also read what its recordings say."
+        ),
+    ] = None,
+    transcripts_count: Annotated[
+        int,
+        typer.Option("--transcripts-count", min=1, help="How often each transcript counts."),
+    ] = 10,
     prune: Annotated[
         str, typer.Option("--prune", help="Per order: drop n-grams seen this often or less.")
     ] = "0",
@@ -768,6 +778,8 @@ def lm_build(
         texts,
         output,
         order=order,
+        transcripts=transcripts or (),
+        transcripts_count=transcripts_count,
         prune=pruning or [0],
         n_words=vocabulary,
         min_count=min_count,

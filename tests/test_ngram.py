@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import lzma
 import math
 import shutil
@@ -130,6 +131,20 @@ def test_several_texts_make_one_model(text: Path, tmp_path: Path) -> None:
     report = build_ngram([text, tmp_path / "more.gz"], tmp_path / "lm", order=2)
     assert report.n_lines == len(_SENTENCES) + 2
     assert {"second", "zyzzyva"} <= set(_words(tmp_path / "lm"))
+
+
+def test_transcripts_count_as_often_as_asked_whoever_said_them(text: Path, tmp_path: Path) -> None:
+    said = ["Café number two", "cafe number two", "a third line"]
+    rows = [json.dumps({"audio_filepath": f"{i}.wav", "text": t}) for i, t in enumerate(said)]
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("\n".join([*rows, json.dumps({"audio_filepath": "untold.wav"})]))
+    report = build_ngram(
+        [text], tmp_path / "lm", order=2, transcripts=[manifest], transcripts_count=4
+    )
+    assert report.n_lines == len(_SENTENCES) + 2 * 4
+    plain = build_ngram([text], tmp_path / "plain", order=2)
+    assert report.n_words == plain.n_words + 6 * 4
+    assert {"cafe", "third"} <= set(_words(tmp_path / "lm"))
 
 
 # What makes it smaller

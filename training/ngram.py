@@ -11,9 +11,9 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import chain, repeat, takewhile
 from pathlib import Path
 from typing import IO, Final
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from service.decoding.ngram import SENTENCE_START, UNKNOWN
 from service.errors import InputError, MissingExtraError, TrainingError
+from service.manifest import read_manifest
 from service.text import normalise
 from training.arpa import compile_arpa
 from training.lexicon import load_dictionary
@@ -59,6 +60,8 @@ def build_ngram(
     output: Path,
     *,
     order: int,
+    transcripts: Sequence[Path] = (),
+    transcripts_count: int = 10,
     prune: Sequence[int] = (0,),
     n_words: int | None = None,
     min_count: int = 1,
@@ -73,6 +76,9 @@ def build_ngram(
         output: folder that gets `lm.ngram` (memory-mapped by the beam search), `lm.binary` (KenLM,
             for the reference decoder) and `words.txt`; made if it does not exist.
         order: longest n-gram, 2 to 6.
+        transcripts: manifests whose different transcripts are read as well: what is said in the
+            training speech is nearer to what will be said than most text.
+        transcripts_count: how often each of them counts.
         prune: for each order from 1, n-grams that occur this often or less are dropped; the last
             value holds for all higher orders.
         n_words: the most words in the word list, the frequent ones first; None takes all.
@@ -96,7 +102,11 @@ def build_ngram(
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         corpus = Path(folder) / "corpus.txt"
-        counts, n_lines = _write_corpus(texts, corpus)
+        said = chain.from_iterable(repeat(_read_transcripts(transcripts), transcripts_count))
+        counts, n_lines = _write_corpus(chain(_read_lines(texts), said), corpus)
+        if not counts:
+            read = [str(path) for path in (*texts, *transcripts)]
+            raise InputError(f"no words in {read}; expected a sentence a line")
         words = _choose_words(counts, n_words=n_words, min_count=max(min_count, prune[0] + 1))
         (Path(folder) / WORDS_NAME).write_text("\n".join(words) + "\n", encoding="utf-8")
         arpa = Path(folder) / "lm.arpa"
@@ -152,19 +162,22 @@ def read_words(path: Path | None, *, dictionary: bool) -> set[str]:
     return words
 
 
-def _write_corpus(texts: Sequence[Path], corpus: Path) -> tuple[Counter[str], int]:
+def _read_transcripts(manifests: Sequence[Path]) -> list[str]:
+    rows = (row for manifest in manifests for row in read_manifest(manifest))
+    return sorted({normalise(row.text or "") for row in rows})
+
+
+def _write_corpus(lines: Iterable[str], corpus: Path) -> tuple[Counter[str], int]:
     """Write the normalised sentences to one file and count their words."""
     counts: Counter[str] = Counter()
     n_lines = 0
     with corpus.open("w", encoding="utf-8") as target:
-        for line in tqdm(_read_lines(texts), "reading text", unit=" lines", mininterval=1.0):
+        for line in tqdm(lines, "reading text", unit=" lines", mininterval=1.0):
             sentence = normalise(line)
             if sentence:
                 target.write(sentence + "\n")
                 counts.update(sentence.split())
                 n_lines += 1
-    if not counts:
-        raise InputError(f"no words in {[str(t) for t in texts]}; expected a sentence a line")
     return counts, n_lines
 
 
