@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -54,6 +54,7 @@ from service.features import FeatureSettings
 from service.g2p import Pronouncer
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
+from service.text import WORD_MARK
 from training.checkpoint import Checkpoint, load_checkpoint, load_model
 from training.lexicon import load_dictionary, make_lexicon
 from training.model import AcousticModel, Chunking
@@ -257,6 +258,7 @@ def _write_description(
         "trained_on": checkpoint.settings["data"]["corpora"] or "all corpora of the manifests",
         "model": checkpoint.settings["model"],
         "audio_seen_h": round(checkpoint.progress.audio_s / 3600, 1),
+        "tokens": _describe_tokens(checkpoint.tokens),
         "weights": "int8 (7 bits, dynamic, per channel)" if int8 else "float32",
         "measured": measured,
     }
@@ -280,6 +282,11 @@ def _write_description(
     text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
     (work / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
     return config
+
+
+def _describe_tokens(tokens: Sequence[str]) -> str:
+    is_pieces = any(token.startswith(WORD_MARK) for token in tokens)
+    return f"{len(tokens) - 1} pieces of words" if is_pieces else "characters"
 
 
 def _measure(

@@ -22,7 +22,7 @@ def write_model_card(*, name: str, language: str, provenance: Mapping[str, Any],
     sections = [
         f"# {name}",
         f"Language: {language}. A {model['n_layers']} × {model['hidden_size']} {direction} "
-        f"{model['cell'].upper()} with CTC over phones and {_describe_tokens(model)}; "
+        f"{model['cell'].upper()} with CTC over phones and {_describe_tokens(provenance)}; "
         f"subsampling {model['subsampling']}; weights {provenance['weights']}.",
         f"Trained with `voxgate train` ({provenance['audio_seen_h']} hours of audio seen, "
         f"speed-perturbed) on: {trained_on}.",
@@ -32,11 +32,12 @@ def write_model_card(*, name: str, language: str, provenance: Mapping[str, Any],
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _describe_tokens(model: Mapping[str, Any]) -> str:
-    n_layers = model.get("n_spelling_layers", 0)
+def _describe_tokens(provenance: Mapping[str, Any]) -> str:
+    tokens = f"over {provenance.get('tokens', 'characters')}"
+    n_layers = provenance["model"].get("n_spelling_layers", 0)
     if not n_layers:
-        return "over characters"
-    return f"over characters, which {n_layers} further layers write from the phones"
+        return tokens
+    return f"{tokens}, which {n_layers} further layers write from the phones"
 
 
 def _describe_measured(measured: Mapping[str, Any]) -> str:

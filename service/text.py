@@ -1,14 +1,14 @@
 """Text: one normalisation and one mapping to tokens, for training, decoding and scoring.
 
-A transcript is words of a-z and the apostrophe, separated by single spaces. Tokens are characters
-(or any list a bundle brings); token 0 is the CTC blank.
+A transcript is words of a-z and the apostrophe, separated by single spaces. Tokens are characters,
+or pieces of words, as a bundle lists them; token 0 is the CTC blank.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from num2words import num2words
@@ -16,6 +16,8 @@ from num2words import num2words
 BLANK: Final = 0
 BLANK_TOKEN: Final = "<blank>"  # noqa: S105  # no password
 SPACE: Final = " "
+WORD_MARK: Final = "\u2581"
+"""What the first piece of a word begins with, as sentencepiece has it."""
 CHARACTERS: Final[tuple[str, ...]] = (BLANK_TOKEN, SPACE, "'", *"abcdefghijklmnopqrstuvwxyz")
 
 _APOSTROPHES: Final = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07`\u00b4", "'"))
@@ -47,12 +49,14 @@ def normalise(text: str) -> str:
 
 
 def encode(text: str, tokens: Sequence[str]) -> list[int]:
-    """Map normalised text to token ids of a character token list.
+    """Map normalised text to token ids: characters, or words cut into as few pieces as can be.
 
     Raises:
         ValueError: a character has no token.
     """
     ids = {token: i for i, token in enumerate(tokens)}
+    if any(token.startswith(WORD_MARK) for token in tokens):
+        return [i for word in text.split() for i in _cut(WORD_MARK + word, ids)]
     missing = sorted({c for c in text if c not in ids})
     if missing:
         raise ValueError(f"no token for {missing}: pass the text through normalise() first")
@@ -72,7 +76,24 @@ def collapse(token_ids: Iterable[int]) -> list[int]:
 
 def decode(token_ids: Iterable[int], tokens: Sequence[str]) -> str:
     """Map token ids (labels, not a path) to text with single spaces."""
-    return " ".join("".join(tokens[i] for i in token_ids).split())
+    return " ".join("".join(tokens[i] for i in token_ids).replace(WORD_MARK, SPACE).split())
+
+
+def _cut(word: str, ids: Mapping[str, int]) -> list[int]:
+    """The fewest pieces of a word, from the end; of equally many the longer first ones."""
+    longest = max(map(len, ids))
+    fewest: list[list[int] | None] = [None] * len(word) + [[]]
+    for start in range(len(word) - 1, -1, -1):
+        ends = range(min(len(word), start + longest), start, -1)
+        ways = [
+            [ids[word[start:end]], *rest]
+            for end in ends
+            if (rest := fewest[end]) is not None and word[start:end] in ids
+        ]
+        fewest[start] = min(ways, key=len, default=None)
+    if fewest[0] is None:
+        raise ValueError(f"no tokens for {word!r}: pass the text through normalise() first")
+    return fewest[0]
 
 
 def _say_numbers(text: str) -> str:

@@ -15,7 +15,7 @@ import pytest
 from service.decoding.greedy import GreedyDecoder
 from service.decoding.hypothesis import Decoder, Hypothesis, Word
 from service.decoding.reference import ReferenceDecoder
-from service.text import CHARACTERS
+from service.text import BLANK_TOKEN, CHARACTERS
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -212,6 +212,16 @@ def test_greedy_gives_frames_and_confidence_of_each_word() -> None:
     ]
     assert [w.confidence for w in hypothesis.words] == pytest.approx([0.9, 0.5])
     assert hypothesis.confidence == pytest.approx(0.7)
+
+
+def test_greedy_begins_words_at_marked_pieces() -> None:
+    tokens = [BLANK_TOKEN, "\u2581", "\u2581no", "w", "\u2581here"]
+    path = [2, 3, 0, 4, 0, 1, 3]
+    emission = np.full((len(path), len(tokens)), -9.0, np.float32)
+    emission[np.arange(len(path)), path] = -0.1
+    (hypothesis,) = GreedyDecoder(tokens).decode(emission)
+    assert hypothesis.text == "now here w"
+    assert [(w.start_frame, w.end_frame) for w in hypothesis.words] == [(0, 2), (3, 4), (6, 7)]
 
 
 @pytest.mark.parametrize(

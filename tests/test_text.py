@@ -11,7 +11,15 @@ from collections import Counter
 
 import pytest
 
-from service.text import BLANK, CHARACTERS, collapse, decode, encode, normalise
+from service.text import (
+    BLANK,
+    BLANK_TOKEN,
+    CHARACTERS,
+    collapse,
+    decode,
+    encode,
+    normalise,
+)
 
 # words of letters with single inner apostrophes, one space between words
 TRANSCRIPT = re.compile(r"|[a-z]+('[a-z]+)*( [a-z]+('[a-z]+)*)*")
@@ -185,6 +193,23 @@ def collapse_by_pattern(path: tuple[int, ...]) -> list[int]:
     """Write the path as a string, shorten each run of one sign, delete the blanks."""
     runs = re.sub(r"(.)\1+", r"\1", "".join(map(str, path)))
     return [int(sign) for sign in runs.replace(str(BLANK), "")]
+
+
+_PIECES = (BLANK_TOKEN, "\u2581", "\u2581th", "the", "e", "h", "t", "\u2581the", "m", "\u2581them")
+
+
+def test_encode_cuts_words_into_the_fewest_pieces() -> None:
+    said = [_PIECES[i] for i in encode("the them eth", _PIECES)]
+    assert said == ["\u2581the", "\u2581them", "\u2581", "e", "t", "h"]
+
+
+def test_decode_joins_pieces_to_words() -> None:
+    assert decode(encode("the them eth", _PIECES), _PIECES) == "the them eth"
+
+
+def test_encode_names_the_word_that_has_no_pieces() -> None:
+    with pytest.raises(ValueError, match="no tokens for '\u2581max'"):
+        encode("them max", _PIECES)
 
 
 def test_collapse_equals_definition_for_all_short_paths() -> None:

@@ -35,7 +35,7 @@ from torch.utils.data import get_worker_info
 
 from service.errors import TrainingError
 from service.scoring import count_errors
-from service.text import CHARACTERS, collapse, encode
+from service.text import CHARACTERS, WORD_MARK, collapse, encode
 from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint, save_weights
 from training.config import StreamingSettings, load_settings
 from training.data import Batch, BatchStream, Labels, collate
@@ -456,6 +456,35 @@ def test_fine_tuning_takes_the_shape_of_its_checkpoint(corpus: TinyCorpus, tmp_p
     assert found["features"] == old.model_dump(mode="json")["features"]
     with pytest.raises(TrainingError, match="another model"):
         run_task(recipe, ["model.hidden_size=32", f'run.directory="{tmp_path / "other"}"'])
+
+
+def test_run_writes_pieces_of_words_and_its_successors_too(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    pieces = make_settings(corpus, tmp_path / "pieces", "data.n_pieces=30", "optimiser.n_epochs=1")
+    train(pieces)
+    tokens = load_checkpoint(tmp_path / "pieces" / "last.pt").tokens
+    assert len(tokens) == 31
+    assert {"a", "z", "'", WORD_MARK} <= set(tokens)
+    initial = f'run.initial_checkpoint="{tmp_path / "pieces" / "last.pt"}"'
+    successor = TrainingRun(make_settings(corpus, tmp_path / "next", initial), _ALONE)
+    assert tuple(successor.corpus.tokens) == tuple(tokens)
+    kept = load_checkpoint(tmp_path / "pieces" / "last.pt").averaged
+    _assert_same(dict(successor.model.state_dict()), kept)
+    other = make_settings(corpus, tmp_path / "other", initial, "data.n_pieces=0")
+    characters = dict(TrainingRun(other, _ALONE).model.state_dict())
+    assert characters["token_head.weight"].shape[0] == len(CHARACTERS)
+    assert torch.equal(characters["phone_head.weight"], kept["phone_head.weight"])
+    with pytest.raises(TrainingError, match="another model"):
+        TrainingRun(pieces.model_copy(update={"data": other.data}), _ALONE)
+
+
+def test_run_refuses_more_pieces_than_the_transcripts_have(
+    corpus: TinyCorpus, tmp_path: Path
+) -> None:
+    settings = make_settings(corpus, tmp_path / "run", "data.n_pieces=5000")
+    with pytest.raises(TrainingError, match=r"5000 pieces.*data\.n_pieces"):
+        TrainingRun(settings, _ALONE)
 
 
 def test_run_refuses_an_initial_checkpoint_of_another_model(

@@ -51,6 +51,9 @@ class DataSettings(Settings):
     """Shorter training utterances are left out, seconds."""
     speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
     """Speed perturbation: each pass plays an utterance at one of these, drawn at random."""
+    n_pieces: int | None = Field(default=None, ge=0)
+    """Pieces of words that the token head writes, chosen on the training transcripts; 0 writes
+    characters. Unset, it writes what that of `run.initial_checkpoint` does, or characters."""
     g2p: Path | None = None
     """Letters-to-phones graph of `voxgate g2p`, for words that the dictionary lacks; if there is
     none, utterances that have such words do not train the phone head."""

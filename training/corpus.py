@@ -13,13 +13,14 @@ from lhotse import CutSet
 
 from service.errors import TrainingError
 from service.g2p import Pronouncer
-from service.text import CHARACTERS
+from training.checkpoint import load_checkpoint
 from training.config import TrainingSettings
 from training.data import BatchStream, Labels, make_labels, read_cuts
 from training.distributed import World
 from training.feature_store import FeatureStore, store_features
 from training.lexicon import Dictionary, find_variants, load_dictionary, make_lexicon
 from training.pronunciations import Variants, choose_all, replace_phones
+from training.tokens import choose_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class Corpus:
     stores: Sequence[FeatureStore]
     dictionary: Dictionary
     """Pronunciations of the words of the transcripts, where one is known."""
+    tokens: Sequence[str]
+    """Token list, blank first."""
 
     @property
     def hours(self) -> float:
@@ -93,14 +96,28 @@ def prepare_corpora(settings: TrainingSettings, world: World) -> tuple[Corpus, C
     Raises:
         TrainingError: the data cannot be trained on, or both sets share a speaker.
     """
-    dev = _prepare(settings, settings.data.dev, world, is_train=False)
-    train = _prepare(settings, settings.data.train, world, is_train=True)
+    tokens = _choose_tokens(settings)
+    dev = _prepare(settings, settings.data.dev, world, tokens, is_train=False)
+    train = _prepare(settings, settings.data.train, world, tokens, is_train=True)
     _refuse_shared_speakers(train.cuts, dev.cuts)
     return train, dev
 
 
+def _choose_tokens(settings: TrainingSettings) -> Sequence[str]:
+    data, initial = settings.data, settings.run.initial_checkpoint
+    if data.n_pieces is None and initial is not None and not settings.model.n_spelling_layers:
+        return load_checkpoint(initial).tokens
+    cuts = read_cuts(data.train, corpora=data.corpora)
+    return choose_tokens((cut.supervisions[0].text for cut in cuts), data.n_pieces or 0)
+
+
 def _prepare(
-    settings: TrainingSettings, manifests: Sequence[Path], world: World, *, is_train: bool
+    settings: TrainingSettings,
+    manifests: Sequence[Path],
+    world: World,
+    tokens: Sequence[str],
+    *,
+    is_train: bool,
 ) -> Corpus:
     data = settings.data
     cuts = read_cuts(manifests, corpora=data.corpora if is_train else ())
@@ -109,7 +126,7 @@ def _prepare(
     dictionary = make_lexicon(words, load_dictionary(), known)
     labels, report = make_labels(
         cuts,
-        tokens=CHARACTERS,
+        tokens=tokens,
         dictionary=dictionary,
         subsampling=settings.model.subsampling,
         frames_per_s=1000 / settings.features.hop_ms,
@@ -135,7 +152,7 @@ def _prepare(
             for speed in speeds
         ]
     )
-    corpus = Corpus(cuts, labels, stores, dictionary)
+    corpus = Corpus(cuts, labels, stores, dictionary, tokens)
     return _choose_pronunciations(corpus, settings, world) if is_train else corpus
 
 

@@ -208,7 +208,7 @@ class AcousticModel(nn.Module):
         )
         return token_logits, phone_logits, lengths, after_state
 
-    def adopt(self, state: Mapping[str, Tensor]) -> None:
+    def adopt(self, state: Mapping[str, Tensor], *, keep_token_head: bool = True) -> None:
         """Take the weights of a model of the same shape or of fewer layers.
 
         Layers that the other model lacks are added silent: what they give is zero, so this model
@@ -216,6 +216,8 @@ class AcousticModel(nn.Module):
 
         Args:
             state: the other model's `state_dict`.
+            keep_token_head: whether its token head writes the same tokens; if not, this model's
+                begins as it is.
 
         Raises:
             RuntimeError: the models differ in more than their number of layers.
@@ -228,6 +230,8 @@ class AcousticModel(nn.Module):
         }
         if self.spelling is not None and "spelling.norm.weight" not in state:
             added |= {name: own[name] for name in own if name.startswith(_SPELLING)}
+        if not keep_token_head:
+            added |= {name: own[name] for name in own if name.startswith("token_head.")}
         n_known = len({name.split(".")[1] for name in state if name.startswith("layers.")})
         for i, layer in enumerate(_stack(self.layers)[n_known:], n_known):
             layer.silence()

@@ -25,7 +25,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from service.errors import TrainingError
 from service.scoring import ErrorCounts
-from service.text import CHARACTERS
 from training.augment import Augmentation
 from training.checkpoint import (
     Checkpoint,
@@ -235,7 +234,7 @@ class TrainingRun:
     ) -> dict[str, ErrorCounts]:
         """Errors on the development set by corpus, and of all under the empty name."""
         transcripts = greedy_transcripts(
-            model, batches, tokens=CHARACTERS, world=self.world, chunking=chunking
+            model, batches, tokens=self.corpus.tokens, world=self.world, chunking=chunking
         )
         return errors_by_corpus(
             transcripts,
@@ -246,7 +245,7 @@ class TrainingRun:
     def _new_model(self) -> AcousticModel:
         model = AcousticModel(
             n_mels=self.settings.features.n_mels,
-            n_tokens=len(CHARACTERS),
+            n_tokens=len(self.corpus.tokens),
             n_phones=len(PHONES),
             **self.settings.model.model_dump(),
         )
@@ -255,7 +254,8 @@ class TrainingRun:
         model.feature_std.copy_(std)
         if self.initial is not None:
             try:
-                model.adopt(self.initial.averaged)
+                keep_head = tuple(self.initial.tokens) == tuple(self.corpus.tokens)
+                model.adopt(self.initial.averaged, keep_token_head=keep_head)
             except RuntimeError as error:
                 raise TrainingError(
                     f"{self.settings.run.initial_checkpoint} holds another model than [model] "
@@ -280,7 +280,9 @@ class TrainingRun:
             return Progress(audio_s=self.initial.progress.audio_s if self.initial else 0.0)
         checkpoint = load_checkpoint(path)
         held = ModelSettings.model_validate(checkpoint.settings["model"])
-        if held.model_copy(update={"dropout": self.settings.model.dropout}) != self.settings.model:
+        held = held.model_copy(update={"dropout": self.settings.model.dropout})
+        same_tokens = tuple(checkpoint.tokens) == tuple(self.corpus.tokens)
+        if held != self.settings.model or not same_tokens:
             raise TrainingError(
                 f"{self.directory} holds a run of another model; "
                 "choose another run.directory or delete it"
@@ -299,7 +301,7 @@ class TrainingRun:
             return
         checkpoint = Checkpoint(
             settings=self.settings.model_dump(mode="json"),
-            tokens=list(CHARACTERS),
+            tokens=list(self.corpus.tokens),
             phones=list(PHONES),
             averaged=self.averaged.module.state_dict(),
             progress=self.progress,

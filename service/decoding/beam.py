@@ -21,13 +21,11 @@ from service.decoding.phrases import PhraseAutomaton, build_automaton
 from service.decoding.search import Knowledge, SearchSettings, SearchState
 from service.decoding.trie import build_trie
 from service.errors import InputError
-from service.text import BLANK, SPACE, normalise
+from service.text import BLANK, SPACE, WORD_MARK, normalise
 
 Lexicon = Mapping[str, Sequence[Sequence[str]]]
 """Words and their spellings in tokens."""
 
-WORD_MARK: Final = "\u2581"
-"""How a subword token says that a word begins with it, as sentencepiece has it."""
 _NODES: Final = 8192
 _NODES_A_PREFIX: Final = 40
 _MOST_PHRASES: Final = 5000

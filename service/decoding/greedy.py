@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from service.decoding.beam import BeamDecoder
 from service.decoding.hypothesis import FloatArray, Hypothesis, Phrase, Search, Word
-from service.text import BLANK, SPACE
+from service.text import BLANK, SPACE, WORD_MARK
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class _Label:
 
 
 class GreedyDecoder:
-    """Best path over a character token list."""
+    """Best path over characters or pieces of words."""
 
     def __init__(self, tokens: Sequence[str]) -> None:
         self._tokens = tuple(tokens)
@@ -39,12 +39,7 @@ class GreedyDecoder:
         best = emission.argmax(axis=1)
         path_log_probs = emission[np.arange(len(best)), best]
         labels = self._collapse(best.tolist(), path_log_probs.tolist())
-        is_word = [(label.token != SPACE, label) for label in labels]
-        words = tuple(
-            _join([label for _, label in group])
-            for inside, group in groupby(is_word, key=lambda pair: pair[0])
-            if inside
-        )
+        words = tuple(_join(word) for word in _split(labels))
         return [Hypothesis(words=words, score=float(path_log_probs.sum()))]
 
     def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
@@ -63,9 +58,20 @@ class GreedyDecoder:
         return labels
 
 
+def _split(labels: Iterable[_Label]) -> list[list[_Label]]:
+    """The labels of each word: behind a space, or from a piece with a mark on."""
+    words: list[list[_Label]] = [[]]
+    for label in labels:
+        if label.token.startswith((SPACE, WORD_MARK)):
+            words.append([])
+        if label.token not in (SPACE, WORD_MARK):
+            words[-1].append(label)
+    return [word for word in words if word]
+
+
 def _join(labels: list[_Label]) -> Word:
     return Word(
-        text="".join(label.token for label in labels),
+        text="".join(label.token for label in labels).replace(WORD_MARK, ""),
         start_frame=labels[0].start_frame,
         end_frame=labels[-1].end_frame,
         confidence=float(np.exp(np.mean([label.log_prob for label in labels]))),
