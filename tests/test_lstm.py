@@ -69,6 +69,18 @@ def test_under_bfloat16_stays_near_float32(size: int) -> None:
         )
 
 
+def test_reads_frames_in_any_order_and_leaves_the_outputs_in_place() -> None:
+    ours, theirs = _pair(7)
+    x = torch.randn(2, 4, 5)
+    order = torch.tensor([[3, 2, 1, 0], [1, 0, 2, 3]])
+    y, (h, c) = ours.read_compiled(x, edge_every=2, order=order)
+    rows = torch.arange(2).unsqueeze(1)
+    expected = theirs(x[rows, order])[0]
+    torch.testing.assert_close(y[rows, order], expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(h, expected[:, 1::2].transpose(0, 1), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(c[1:], theirs(x[rows, order])[1][1], atol=1e-6, rtol=1e-5)
+
+
 def test_without_a_state_starts_at_zeros() -> None:
     ours, theirs = _pair(7)
     x = torch.randn(2, 4, 5)

@@ -10,6 +10,7 @@ done for all frames in a few large products. `benchmarks/training_step.py` compa
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
@@ -40,7 +41,7 @@ class Lstm(nn.LSTM):
         Returns:
             Outputs (batch, frames, hidden), and the state after the last frame.
         """
-        if not self.is_compiled(x) or x.shape[1] == 0:
+        if not self.is_compiled(x):
             result: tuple[Tensor, LstmState] = nn.LSTM.forward(self, x, state)
             return result
         outputs, (output, cell) = self.read_compiled(x, state, edge_every=x.shape[1])
@@ -49,10 +50,16 @@ class Lstm(nn.LSTM):
     def is_compiled(self, x: Tensor) -> bool:
         """Whether the compiled code reads `x`."""
         is_training = torch.is_grad_enabled() and not torch.onnx.is_in_onnx_export()
-        return is_training and not x.is_cuda and load_kernel("lstm") is not None
+        is_here = not x.is_cuda and x.shape[1] > 0
+        return is_training and is_here and load_kernel("lstm") is not None
 
     def read_compiled(
-        self, x: Tensor, state: LstmState | None, *, edge_every: int
+        self,
+        x: Tensor,
+        state: LstmState | None = None,
+        *,
+        edge_every: int,
+        order: Tensor | None = None,
     ) -> tuple[Tensor, LstmState]:
         """Read sequences by the compiled code.
 
@@ -60,22 +67,30 @@ class Lstm(nn.LSTM):
             x: see `forward`.
             state: see `forward`.
             edge_every: after how many frames, again and again, the state is wanted.
+            order: which frame is read first, second, …, int64, (batch, frames); None goes from
+                first to last. The outputs stay where their frames are.
 
         Returns:
             Outputs (batch, frames, hidden), and the states, each (edges, batch, hidden).
         """
         w_ih, w_hh, b_ih, b_hh = (w for w in self._flat_weights if isinstance(w, Tensor))
-        inputs = linear(x.transpose(0, 1), w_ih, b_ih + b_hh)  # (frames, batch, 4 * hidden)
+        inputs = linear(x, w_ih, b_ih + b_hh)  # (batch, frames, 4 * hidden)
         start = inputs.new_zeros(1, x.shape[0], self.hidden_size)
         output, cell = (start, start) if state is None else state
-        outputs, edges = _Recurrence.apply(  # type: ignore[no-untyped-call]
-            inputs, w_hh, output[0], cell[0], edge_every
+        outputs, cells = _Recurrence.apply(  # type: ignore[no-untyped-call]
+            inputs, w_hh, output[0], cell[0], edge_every, order
         )
-        return outputs.transpose(0, 1), (outputs[edge_every - 1 :: edge_every], edges)
+        last_of_each = slice(edge_every - 1, None, edge_every)
+        if order is None:
+            edges = outputs[:, last_of_each]
+        else:
+            last = order[:, last_of_each].unsqueeze(-1)
+            edges = outputs.gather(1, last.expand(-1, -1, self.hidden_size))
+        return outputs, (edges.transpose(0, 1), cells)
 
 
 class _Recurrence(torch.autograd.Function):
-    """From what a cell is given in every frame to what it says; time first.
+    """From what a cell is given in every frame to what it says.
 
     The gates are in torch's order: input, forget, cell, output. Cells are float32, all else is of
     the inputs' type.
@@ -89,19 +104,25 @@ class _Recurrence(torch.autograd.Function):
         output: Tensor,
         cell: Tensor,
         edge_every: int,
+        order: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        kernel = load_kernel("lstm")
-        assert kernel is not None
         inputs = inputs.contiguous()
-        outputs = inputs.new_empty(len(inputs) + 1, *output.shape)
+        output, cell = output.to(inputs.dtype).contiguous(), cell.float().contiguous()
+        order = None if order is None else order.contiguous()
+        n_sequences, n_frames, _ = inputs.shape
+        shape = n_sequences, n_frames, len(weight.t())
+        gates, outputs, before = (
+            torch.empty_like(inputs),
+            inputs.new_empty(shape),
+            inputs.new_empty(shape),
+        )
         cells = torch.empty_like(outputs, dtype=torch.float32)
-        outputs[0], cells[0] = output, cell
-        gates = torch.empty_like(inputs)
-        run = getattr(kernel, f"lstm_forward_{_STORED[inputs.dtype]}")
-        run(*_describe(kernel, outputs), *addresses(weight, inputs, gates, outputs, cells))
-        ctx.save_for_backward(weight, gates, outputs, cells)
-        ctx.kernel, ctx.edge_every = kernel, edge_every
-        return outputs[1:], cells[edge_every::edge_every].clone()
+        edges = cells.new_empty(n_frames // edge_every, n_sequences, shape[2])
+        arrays = (order, weight, inputs, output, cell, gates, outputs, before, cells, edges)
+        _call("forward", outputs, edge_every, arrays)
+        ctx.save_for_backward(order, weight, gates, cell, cells, before)
+        ctx.edge_every = edge_every
+        return outputs, edges
 
     @staticmethod
     @once_differentiable
@@ -109,22 +130,23 @@ class _Recurrence(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401  # torch's own
         d_outputs: Tensor,
         d_edges: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        weight, gates, outputs, cells = ctx.saved_tensors
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
+        order, weight, gates, cell, cells, before = ctx.saved_tensors
         d_outputs, d_edges = d_outputs.to(gates.dtype).contiguous(), d_edges.contiguous()
-        d_gates = torch.empty_like(gates)
-        d_output, d_cell = torch.empty_like(cells[0]), torch.empty_like(cells[0])
-        run = getattr(ctx.kernel, f"lstm_backward_{_STORED[gates.dtype]}")
-        given = addresses(weight, gates, cells, d_outputs, d_edges)
-        edge_every = ctypes.c_long(ctx.edge_every)
-        wanted = addresses(d_gates, d_output, d_cell)
-        run(*_describe(ctx.kernel, outputs), *given, edge_every, *wanted)
-        d_weight = d_gates.flatten(0, 1).t() @ outputs[:-1].flatten(0, 1)
-        return d_gates, d_weight.to(weight.dtype), d_output, d_cell, None
+        d_gates, d_output, d_cell = (torch.empty_like(x) for x in (gates, cell, cell))
+        given = (order, weight, gates, cell, cells, d_outputs, d_edges)
+        _call("backward", before, ctx.edge_every, (*given, d_gates, d_output, d_cell))
+        d_weight = d_gates.flatten(0, 1).t() @ before.flatten(0, 1)
+        return d_gates, d_weight.to(weight.dtype), d_output, d_cell, None, None
 
 
-def _describe(kernel: ctypes.CDLL, outputs: Tensor) -> list[ctypes.c_long | int]:
-    """Frames, sequences, units, threads, and whether products run on a matrix unit."""
-    n_outputs, n_sequences, size = outputs.shape
-    tiles = outputs.dtype == torch.bfloat16 and kernel.lstm_has_tiles(ctypes.c_long(size))
-    return [*counts(n_outputs - 1, n_sequences, size), int(tiles)]
+def _call(
+    direction: str, outputs: Tensor, edge_every: int, arrays: Sequence[Tensor | None]
+) -> None:
+    """Call the compiled code; `outputs` has the shape and the type of what it works on."""
+    kernel = load_kernel("lstm")
+    assert kernel is not None
+    size = ctypes.c_long(outputs.shape[2])
+    tiles = int(outputs.dtype == torch.bfloat16 and kernel.lstm_has_tiles(size))
+    run = getattr(kernel, f"lstm_{direction}_{_STORED[outputs.dtype]}")
+    run(*counts(*outputs.shape), tiles, ctypes.c_long(edge_every), *addresses(*arrays))

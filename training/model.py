@@ -513,8 +513,11 @@ class RecurrentLayer(nn.Module):
         """The outputs of both directions side by side: (batch, frames, width)."""
         if self.back is None:
             return ahead
-        back, _ = self.back(_gather_frames(x, reverse))
-        return torch.cat([ahead, _gather_frames(back, reverse)], dim=-1)
+        if isinstance(self.back, Lstm) and self.back.is_compiled(x):
+            back, _ = self.back.read_compiled(x, edge_every=x.shape[1], order=reverse)
+        else:
+            back = _gather_frames(self.back(_gather_frames(x, reverse))[0], reverse)
+        return torch.cat([ahead, back], dim=-1)
 
 
 def reversal_index(lengths: Tensor, n_frames: int) -> Tensor:

@@ -1,7 +1,7 @@
 // The frame-by-frame part of an LSTM layer, forward and backward; see training/lstm.py.
 //
-// Arrays are time first and contiguous: (frame, sequence, unit). Gates come in torch's order: input,
-// forget, cell, output. `Stored` is what is kept between the two directions, float or bfloat16; sums
+// Arrays are contiguous, (sequence, frame, unit); states and edges (sequence, unit) and (edge,
+// sequence, unit). Gates come in torch's order: input, forget, cell, output. `Stored` is what is kept between the two directions, float or bfloat16; sums
 // and cells are float. Sequences are shared out among threads, each of which goes through all
 // frames by itself, so threads never wait for each other.
 
@@ -238,51 +238,74 @@ void step_backward(long size, const Stored* __restrict__ gates, const float* __r
   }
 }
 
-struct Shape {
+// The frames of some sequences, in the order in which they are read.
+struct Frames {
   long n_frames, n_sequences, size;
+  const long* order;  // (sequence, frame); null reads from first to last
+
+  // Place of the frame that sequence `i` reads as its `t`-th.
+  long at(long i, long t) const {
+    return i * n_frames + (order == nullptr ? t : order[i * n_frames + t]);
+  }
 };
 
 template <typename Stored>
-void forward(Shape shape, long n_threads, bool tiles, const float* weight, const Stored* inputs,
-             Stored* gates, Stored* outputs, float* cells) {
-  const long size = shape.size;
+void forward(Frames frames, long n_threads, bool tiles, long edge_every, const float* weight,
+             const Stored* inputs, const Stored* first_output, const float* first_cell,
+             Stored* gates, Stored* outputs, Stored* before, float* cells, float* edges) {
+  const long size = frames.size;
   const Weights packed(weight, size, 4 * size, 1, size, tiles);
-  share(shape.n_sequences, n_threads, [&](long first, long n) {
+  share(frames.n_sequences, n_threads, [&](long first, long n) {
     Weights weights = packed;
     std::vector<float> recurrent(n * weights.width());
-    for (long t = 0; t < shape.n_frames; ++t) {
-      const long now = t * shape.n_sequences + first, next = now + shape.n_sequences;
-      weights.multiply(outputs + now * size, n, recurrent.data());
-      for (long i = 0; i < n; ++i)
-        step_forward(size, inputs + (now + i) * 4 * size, &recurrent[i * weights.width()],
-                     cells + (now + i) * size, gates + (now + i) * 4 * size,
-                     cells + (next + i) * size, outputs + (next + i) * size);
+    std::vector<Stored> held(first_output + first * size, first_output + (first + n) * size);
+    for (long t = 0; t < frames.n_frames; ++t) {
+      weights.multiply(held.data(), n, recurrent.data());
+      for (long i = 0; i < n; ++i) {
+        const long now = frames.at(first + i, t);
+        const float* cell = t == 0 ? first_cell + (first + i) * size
+                                   : cells + frames.at(first + i, t - 1) * size;
+        std::copy_n(&held[i * size], size, before + now * size);
+        step_forward(size, inputs + now * 4 * size, &recurrent[i * weights.width()], cell,
+                     gates + now * 4 * size, cells + now * size, outputs + now * size);
+        std::copy_n(outputs + now * size, size, &held[i * size]);
+        if ((t + 1) % edge_every == 0) {
+          const long edge = ((t + 1) / edge_every - 1) * frames.n_sequences + first + i;
+          std::copy_n(cells + now * size, size, edges + edge * size);
+        }
+      }
     }
   });
 }
 
 template <typename Stored>
-void backward(Shape shape, long n_threads, bool tiles, const float* weight, const Stored* gates,
-              const float* cells, const Stored* d_outputs, const float* d_edges, long edge_every,
-              Stored* d_gates, float* d_output, float* d_cell) {
-  const long size = shape.size;
-  std::fill_n(d_cell, shape.n_sequences * size, 0.0f);
+void backward(Frames frames, long n_threads, bool tiles, long edge_every, const float* weight,
+              const Stored* gates, const float* first_cell, const float* cells,
+              const Stored* d_outputs, const float* d_edges, Stored* d_gates, float* d_output,
+              float* d_cell) {
+  const long size = frames.size;
   const Weights packed(weight, 4 * size, size, size, 1, tiles);
-  share(shape.n_sequences, n_threads, [&](long first, long n) {
+  std::fill_n(d_cell, frames.n_sequences * size, 0.0f);
+  share(frames.n_sequences, n_threads, [&](long first, long n) {
     Weights weights = packed;
     const long width = weights.width();
     std::vector<float> d_later(n * width, 0.0f);
-    for (long t = shape.n_frames - 1; t >= 0; --t) {
-      const long now = t * shape.n_sequences + first, next = now + shape.n_sequences;
+    std::vector<Stored> held(n * 4 * size);
+    for (long t = frames.n_frames - 1; t >= 0; --t) {
       if ((t + 1) % edge_every == 0) {
-        const long edge = ((t + 1) / edge_every - 1) * shape.n_sequences + first;
+        const long edge = ((t + 1) / edge_every - 1) * frames.n_sequences + first;
         for (long j = 0; j < n * size; ++j) d_cell[first * size + j] += d_edges[edge * size + j];
       }
-      for (long i = 0; i < n; ++i)
-        step_backward(size, gates + (now + i) * 4 * size, cells + (now + i) * size,
-                      cells + (next + i) * size, d_outputs + (now + i) * size, &d_later[i * width],
-                      d_cell + (first + i) * size, d_gates + (now + i) * 4 * size);
-      weights.multiply(d_gates + now * 4 * size, n, d_later.data());
+      for (long i = 0; i < n; ++i) {
+        const long now = frames.at(first + i, t);
+        const float* cell = t == 0 ? first_cell + (first + i) * size
+                                   : cells + frames.at(first + i, t - 1) * size;
+        step_backward(size, gates + now * 4 * size, cell, cells + now * size,
+                      d_outputs + now * size, &d_later[i * width], d_cell + (first + i) * size,
+                      &held[i * 4 * size]);
+        std::copy_n(&held[i * 4 * size], 4 * size, d_gates + now * 4 * size);
+      }
+      weights.multiply(held.data(), n, d_later.data());
     }
     for (long i = 0; i < n; ++i)
       std::copy_n(&d_later[i * width], size, d_output + (first + i) * size);
@@ -303,19 +326,22 @@ int lstm_has_tiles(long size) {
 #endif
 }
 
-#define DEFINE(NAME, STORED)                                                                        \
-  void lstm_forward_##NAME(long n_frames, long n_sequences, long size, long n_threads, int tiles,   \
-                           const float* weight, const STORED* inputs, STORED* gates,                \
-                           STORED* outputs, float* cells) {                                         \
-    forward<STORED>({n_frames, n_sequences, size}, n_threads, tiles, weight, inputs, gates,         \
-                    outputs, cells);                                                                \
-  }                                                                                                 \
-  void lstm_backward_##NAME(long n_frames, long n_sequences, long size, long n_threads, int tiles,  \
-                            const float* weight, const STORED* gates, const float* cells,           \
-                            const STORED* d_outputs, const float* d_edges, long edge_every,         \
-                            STORED* d_gates, float* d_output, float* d_cell) {                      \
-    backward<STORED>({n_frames, n_sequences, size}, n_threads, tiles, weight, gates, cells,         \
-                     d_outputs, d_edges, edge_every, d_gates, d_output, d_cell);                    \
+#define DEFINE(NAME, STORED)                                                                       \
+  void lstm_forward_##NAME(long n_sequences, long n_frames, long size, long n_threads, int tiles,  \
+                           long edge_every, const long* order, const float* weight,                \
+                           const STORED* inputs, const STORED* first_output,                       \
+                           const float* first_cell, STORED* gates, STORED* outputs,                \
+                           STORED* before, float* cells, float* edges) {                           \
+    forward<STORED>({n_frames, n_sequences, size, order}, n_threads, tiles, edge_every, weight,    \
+                    inputs, first_output, first_cell, gates, outputs, before, cells, edges);       \
+  }                                                                                                \
+  void lstm_backward_##NAME(long n_sequences, long n_frames, long size, long n_threads, int tiles, \
+                            long edge_every, const long* order, const float* weight,               \
+                            const STORED* gates, const float* first_cell, const float* cells,      \
+                            const STORED* d_outputs, const float* d_edges, STORED* d_gates,        \
+                            float* d_output, float* d_cell) {                                      \
+    backward<STORED>({n_frames, n_sequences, size, order}, n_threads, tiles, edge_every, weight,   \
+                     gates, first_cell, cells, d_outputs, d_edges, d_gates, d_output, d_cell);     \
   }
 
 DEFINE(float32, float)
