@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.errors import ManifestError
+from service.text import normalise
 
 
 class _Line(BaseModel):
@@ -53,6 +54,15 @@ def read_manifest(path: Path) -> list[Utterance]:
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
+
+
+def read_transcripts(path: Path) -> list[str]:
+    """The different transcripts of a manifest, normalised, in alphabetical order.
+
+    Raises:
+        ManifestError: as `read_manifest`.
+    """
+    return sorted({normalise(row.text) for row in read_manifest(path) if row.text})
 
 
 def _parse_line(line: str, path: Path, number: int) -> Utterance:

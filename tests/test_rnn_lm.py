@@ -298,6 +298,14 @@ def test_word_pieces_are_the_frequent_words(tmp_path: Path) -> None:
     assert encode_text([TextPart(path)], pieces).tokens.tolist() == [2, 3, 2, 0, 3, 2, 1, 0]
 
 
+def test_a_manifest_is_read_as_its_different_transcripts(tmp_path: Path) -> None:
+    manifest = tmp_path / "train.jsonl"
+    said = ["Two words", "two words!", "a third"]
+    rows = [{"audio_filepath": f"{i}.wav", "text": text} for i, text in enumerate(said)]
+    manifest.write_text("\n".join(map(json.dumps, [*rows, {"audio_filepath": "untold.wav"}])))
+    assert list(read_sentences([TextPart(manifest)])) == ["a third", "two words"]
+
+
 def test_reading_takes_the_lines_asked_for_and_normalises(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one\nTwo, don't''s!\n\nthree 4\nfive\n")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from service.decoding.ngram import SENTENCE_END, UNKNOWN
 from service.errors import InputError
+from service.manifest import read_transcripts
 from service.rescorer import BOUNDARY_ID, Pieces
 from service.text import BLANK_TOKEN, CHARACTERS, SPACE, normalise
 
@@ -49,7 +50,8 @@ class TextPart:
     """Some lines of a text file."""
 
     path: Path
-    """Plain, gzip or xz, one sentence a line."""
+    """Plain, gzip or xz, one sentence a line; or a manifest (`.jsonl`), whose different transcripts
+    are the lines."""
     first_line: int = 1
     """Counted from 1."""
     last_line: int | None = None
@@ -261,6 +263,8 @@ def _round_up(length: int) -> int:
 
 
 def _open(path: Path) -> IO[str]:
+    if path.suffix == ".jsonl":
+        return io.StringIO("\n".join(read_transcripts(path)))
     if path.suffix == ".xz":
         return lzma.open(path, "rt", encoding="utf-8")
     if path.suffix == ".gz":

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from service.decoding.ngram import SENTENCE_START, UNKNOWN
 from service.errors import InputError, MissingExtraError, TrainingError
-from service.manifest import read_manifest
+from service.manifest import read_transcripts
 from service.text import normalise
 from training.arpa import compile_arpa
 from training.lexicon import load_dictionary
@@ -102,7 +102,8 @@ def build_ngram(
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         corpus = Path(folder) / "corpus.txt"
-        said = chain.from_iterable(repeat(_read_transcripts(transcripts), transcripts_count))
+        known = [line for manifest in transcripts for line in read_transcripts(manifest)]
+        said = chain.from_iterable(repeat(known, transcripts_count))
         counts, n_lines = _write_corpus(chain(_read_lines(texts), said), corpus)
         if not counts:
             read = [str(path) for path in (*texts, *transcripts)]
@@ -160,11 +161,6 @@ def read_words(path: Path | None, *, dictionary: bool) -> set[str]:
     if dictionary:
         words.update(word for word in load_dictionary() if normalise(word) == word)
     return words
-
-
-def _read_transcripts(manifests: Sequence[Path]) -> list[str]:
-    rows = (row for manifest in manifests for row in read_manifest(manifest))
-    return sorted({normalise(row.text or "") for row in rows})
 
 
 def _write_corpus(lines: Iterable[str], corpus: Path) -> tuple[Counter[str], int]:
