@@ -31,10 +31,10 @@ from service.decoding.ngram import NgramModel, load_ngram
 from service.manifest import read_manifest
 from service.text import normalise
 from training.lm_text import TextPart, encode_text, read_sentences
+from training.model import Cell
 from training.ngram import NGRAM_NAME, WORDS_NAME, build_ngram
 from training.precision import processor_name
 from training.rnn_lm import (
-    Cell,
     LanguageModel,
     LanguageModelSettings,
     load_language_model,

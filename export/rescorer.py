@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from export.tracing import Difference, trace, write_checked
 from service.rescorer import BOUNDARY_ID, RESCORER_INPUTS, RESCORER_OUTPUT, Pieces, Rescorer
-from training.rnn_lm import Cell, LanguageModel, load_language_model
+from training.model import Cell
+from training.rnn_lm import LanguageModel, load_language_model
 
 LARGEST_DIFFERENCE: Final = 1e-3
 """Largest difference of a sentence's log probability between torch and a float32 graph."""

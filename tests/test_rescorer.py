@@ -17,7 +17,8 @@ from export import rescorer as export_module
 from export.rescorer import RescorerStep, export_rescorer
 from service.errors import BundleError, ExportError, InputError, TrainingError
 from service.rescorer import BOUNDARY_ID, IntArray, Level, Rescorer, build_levels
-from training.rnn_lm import Cell, LanguageModel
+from training.model import Cell
+from training.rnn_lm import LanguageModel
 
 
 def _make_hypotheses(n: int = 60) -> list[list[str]]:

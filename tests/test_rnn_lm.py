@@ -30,8 +30,8 @@ from training.lm_text import (
     pad_batch,
     read_sentences,
 )
+from training.model import Cell
 from training.rnn_lm import (
-    Cell,
     LanguageModel,
     LanguageModelSettings,
     load_language_model,

@@ -23,8 +23,8 @@ from service.text import CHARACTERS
 from training.checkpoint import Checkpoint, Progress, save_checkpoint
 from training.config import TrainingSettings, load_settings
 from training.lexicon import PHONES
-from training.model import AcousticModel
-from training.rnn_lm import Cell, LanguageModel
+from training.model import AcousticModel, Cell
+from training.rnn_lm import LanguageModel
 
 torch.set_num_threads(1)  # sums in one order: results repeat bit for bit
 

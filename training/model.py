@@ -29,7 +29,7 @@ from training.lstm import Lstm
 Cell = Literal["lstm", "gru", "rnn"]
 RnnState = Tensor | tuple[Tensor, Tensor]
 
-_CELLS: Final[dict[Cell, Callable[..., nn.RNNBase]]] = {
+CELLS: Final[dict[Cell, Callable[..., nn.RNNBase]]] = {
     "lstm": Lstm,
     "gru": nn.GRU,
     "rnn": nn.RNN,
@@ -615,7 +615,7 @@ def _gather_frames(x: Tensor, index: Tensor) -> Tensor:
 
 def _make_network(cell: Cell, width: int, hidden_size: int) -> nn.RNNBase:
     """Orthogonal recurrent weights, Glorot input weights, zero biases, forget gates open."""
-    network: nn.RNNBase = _CELLS[cell](width, hidden_size, batch_first=True)
+    network: nn.RNNBase = CELLS[cell](width, hidden_size, batch_first=True)
     for name, parameter in network.named_parameters():
         if name.startswith("weight_hh"):
             for gate in parameter.data.split(network.hidden_size):

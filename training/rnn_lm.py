@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal
@@ -42,17 +42,11 @@ from training.lm_text import (
     make_pieces,
     pad_batch,
 )
+from training.model import CELLS, Cell
 from training.schedule import learning_rate as rate_of_step
 from training.weights import BEST, LAST, Weights
 
 logger = logging.getLogger(__name__)
-
-Cell = Literal["lstm", "gru", "rnn"]
-CELLS: Final[dict[Cell, Callable[..., nn.RNNBase]]] = {
-    "lstm": nn.LSTM,
-    "gru": nn.GRU,
-    "rnn": nn.RNN,
-}
 
 _EVALUATED_TOKENS: Final = 8192
 _LOSS_DECAY: Final = 0.98
