@@ -990,7 +990,9 @@ def test_load_checkpoint_refuses_another_format(tmp_path: Path, content: object)
 # Settings
 
 
-@pytest.mark.parametrize("name", ["en-small", "en-small-streaming", "fine-tune"])
+@pytest.mark.parametrize(
+    "name", ["en-small", "en-small-streaming", "en-small-deep", "en-small-long", "fine-tune"]
+)
 def test_load_settings_reads_the_shipped_recipes(name: str) -> None:
     recipe = Path(__file__).parent.parent / "training" / "recipes" / f"{name}.toml"
     settings = load_settings(recipe, ['data.train=["a.jsonl"]', 'data.dev=["b.jsonl"]'])
