@@ -54,7 +54,7 @@ from service.features import FeatureSettings
 from service.g2p import Pronouncer
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
-from service.text import WORD_MARK
+from service.text import are_pieces
 from training.checkpoint import Checkpoint, load_checkpoint, load_model
 from training.lexicon import load_dictionary, make_lexicon
 from training.model import AcousticModel, Chunking
@@ -285,8 +285,7 @@ def _write_description(
 
 
 def _describe_tokens(tokens: Sequence[str]) -> str:
-    is_pieces = any(token.startswith(WORD_MARK) for token in tokens)
-    return f"{len(tokens) - 1} pieces of words" if is_pieces else "characters"
+    return f"{len(tokens) - 1} pieces of words" if are_pieces(tokens) else "characters"
 
 
 def _measure(

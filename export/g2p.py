@@ -11,7 +11,8 @@ import torch
 
 from export.tracing import Difference, compress_weights, trace, write_checked
 from service.g2p import G2P_INPUTS, G2P_OUTPUT, Alphabets, Pronouncer
-from training.g2p import LETTERS, G2pModel, load_g2p
+from service.text import LETTERS
+from training.g2p import G2pModel, load_g2p
 from training.lexicon import PHONES
 
 LARGEST_DIFFERENCE: Final = 1e-4

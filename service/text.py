@@ -19,6 +19,8 @@ SPACE: Final = " "
 WORD_MARK: Final = "\u2581"
 """What the first piece of a word begins with, as sentencepiece has it."""
 CHARACTERS: Final[tuple[str, ...]] = (BLANK_TOKEN, SPACE, "'", *"abcdefghijklmnopqrstuvwxyz")
+LETTERS: Final = tuple(c for c in CHARACTERS if c not in (BLANK_TOKEN, SPACE))
+"""What words are written with."""
 
 _APOSTROPHES: Final = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07`\u00b4", "'"))
 _SPELLED_OUT: Final = {"&": " and ", "%": " percent ", "+": " plus ", "@": " at "}
@@ -55,8 +57,9 @@ def encode(text: str, tokens: Sequence[str]) -> list[int]:
         ValueError: a character has no token.
     """
     ids = {token: i for i, token in enumerate(tokens)}
-    if any(token.startswith(WORD_MARK) for token in tokens):
-        return [i for word in text.split() for i in _cut(WORD_MARK + word, ids)]
+    if are_pieces(tokens):
+        longest = max(map(len, tokens))
+        return [i for word in text.split() for i in _cut(WORD_MARK + word, ids, longest)]
     missing = sorted({c for c in text if c not in ids})
     if missing:
         raise ValueError(f"no token for {missing}: pass the text through normalise() first")
@@ -79,9 +82,13 @@ def decode(token_ids: Iterable[int], tokens: Sequence[str]) -> str:
     return " ".join("".join(tokens[i] for i in token_ids).replace(WORD_MARK, SPACE).split())
 
 
-def _cut(word: str, ids: Mapping[str, int]) -> list[int]:
+def are_pieces(tokens: Iterable[str]) -> bool:
+    """Whether tokens are pieces of words, not characters."""
+    return any(token.startswith(WORD_MARK) for token in tokens)
+
+
+def _cut(word: str, ids: Mapping[str, int], longest: int) -> list[int]:
     """The fewest pieces of a word, from the end; of equally many the longer first ones."""
-    longest = max(map(len, ids))
     fewest: list[list[int] | None] = [None] * len(word) + [[]]
     for start in range(len(word) - 1, -1, -1):
         ends = range(min(len(word), start + longest), start, -1)

@@ -20,11 +20,10 @@ from export.g2p import export_g2p
 from export.graph import export_graph
 from service.errors import BundleError, ExportError, InputError, TrainingError
 from service.g2p import BEAM_WIDTH, Alphabets, FloatArray, Pronouncer, search
-from service.text import collapse
+from service.text import LETTERS, collapse
 from training import g2p as training_module
 from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from training.g2p import (
-    LETTERS,
     G2pErrors,
     G2pModel,
     count_errors,

@@ -595,6 +595,7 @@ def test_gradients_are_those_of_torch(
     chunking: Chunking | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The compiled LSTM hands states on from window to window, and their gradients back."""
+    assert load_kernel("lstm") is not None
     model = make_model(cell="lstm")
     features = _pad(_draw_utterances(), n_frames=max(_LENGTHS), garbage=0.0)
     results = []

@@ -16,10 +16,10 @@ import torch
 
 from service.errors import InputError, TrainingError
 from service.rescorer import BOUNDARY_ID, UNKNOWN_ID, WORD_START, Pieces
+from service.text import LETTERS
 from training import rnn_lm as training_module
 from training.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from training.lm_text import (
-    LETTERS,
     EncodedText,
     TextPart,
     count_words,

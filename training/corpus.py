@@ -13,8 +13,9 @@ from lhotse import CutSet
 
 from service.errors import TrainingError
 from service.g2p import Pronouncer
-from training.checkpoint import load_checkpoint
-from training.config import TrainingSettings
+from service.manifest import read_manifest
+from service.text import CHARACTERS, normalise
+from training.config import DataSettings, TrainingSettings
 from training.data import BatchStream, Labels, make_labels, read_cuts
 from training.distributed import World
 from training.feature_store import FeatureStore, store_features
@@ -90,25 +91,32 @@ class Corpus:
         )
 
 
-def prepare_corpora(settings: TrainingSettings, world: World) -> tuple[Corpus, Corpus]:
+def prepare_corpora(
+    settings: TrainingSettings, world: World, *, inherited: Sequence[str] = CHARACTERS
+) -> tuple[Corpus, Corpus]:
     """The training and the development set of a run.
+
+    Args:
+        settings: of the run.
+        world: its processes.
+        inherited: token list where the settings name no number of pieces.
 
     Raises:
         TrainingError: the data cannot be trained on, or both sets share a speaker.
     """
-    tokens = _choose_tokens(settings)
+    tokens = _choose_tokens(settings.data, inherited)
     dev = _prepare(settings, settings.data.dev, world, tokens, is_train=False)
     train = _prepare(settings, settings.data.train, world, tokens, is_train=True)
     _refuse_shared_speakers(train.cuts, dev.cuts)
     return train, dev
 
 
-def _choose_tokens(settings: TrainingSettings) -> Sequence[str]:
-    data, initial = settings.data, settings.run.initial_checkpoint
-    if data.n_pieces is None and initial is not None and not settings.model.n_spelling_layers:
-        return load_checkpoint(initial).tokens
-    cuts = read_cuts(data.train, corpora=data.corpora)
-    return choose_tokens((cut.supervisions[0].text for cut in cuts), data.n_pieces or 0)
+def _choose_tokens(data: DataSettings, inherited: Sequence[str]) -> Sequence[str]:
+    if data.n_pieces is None:
+        return inherited
+    rows = (row for manifest in data.train for row in read_manifest(manifest))
+    said = (row.text or "" for row in rows if not data.corpora or row.corpus in data.corpora)
+    return choose_tokens(map(normalise, said), data.n_pieces)
 
 
 def _prepare(

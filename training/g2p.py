@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from service.errors import TrainingError
 from service.g2p import Pronouncer
-from service.text import BLANK_TOKEN, CHARACTERS, SPACE, collapse
+from service.text import LETTERS, collapse
 from training.checkpoint import load_checkpoint
 from training.lexicon import PHONES, Dictionary, load_dictionary
 from training.model import RecurrentLayer, reversal_index
@@ -35,7 +35,6 @@ from training.weights import BEST, LAST, Weights, draw_batches
 
 logger = logging.getLogger(__name__)
 
-LETTERS: Final = tuple(c for c in CHARACTERS if c not in (BLANK_TOKEN, SPACE))
 _TEST_PERCENT: Final = 5
 _DEV_PERCENT: Final = 2
 _WARMUP_SHARE: Final = 0.04

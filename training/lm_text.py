@@ -24,20 +24,17 @@ from typing import IO, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-import sentencepiece
 from tqdm import tqdm
 
 from service.decoding.ngram import SENTENCE_END, UNKNOWN
 from service.errors import InputError
 from service.manifest import read_transcripts
 from service.rescorer import BOUNDARY_ID, Pieces
-from service.text import BLANK_TOKEN, CHARACTERS, SPACE, normalise
+from service.text import normalise
+from training.tokens import learn_pieces
 
 IntArray = npt.NDArray[np.int64]
 PieceKind = Literal["subword", "word"]
-
-LETTERS: Final = tuple(c for c in CHARACTERS if c not in (BLANK_TOKEN, SPACE))
-"""What words are made of: each is a piece, so that every word can be cut."""
 
 # what `normalise` would leave as it is, told faster
 _NORMALISED: Final = re.compile(r"[a-z]+(?:'[a-z]+)*(?: [a-z]+(?:'[a-z]+)*)*")
@@ -110,25 +107,10 @@ def make_pieces(counts: Counter[str], *, kind: PieceKind, n_pieces: int) -> Piec
     if kind == "word":
         ranked = sorted((-n, word) for word, n in counts.items())
         return Pieces((SENTENCE_END, UNKNOWN, *(word for _, word in ranked[: n_pieces - 2])))
-    rows = "".join(f"{word}\t{n}\n" for word, n in sorted(counts.items()))
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(rows.splitlines()),
-        model_writer=model,
-        input_format="tsv",
-        model_type="unigram",
-        vocab_size=n_pieces - 1,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        required_chars="".join(LETTERS),
-        normalization_rule_name="identity",
-        unk_id=0,
-        bos_id=-1,
-        eos_id=-1,
-        num_threads=1,
-        minloglevel=2,
+    rows = (f"{word}\t{n}" for word, n in sorted(counts.items()))
+    trained = learn_pieces(
+        rows, kind="unigram", n_pieces=n_pieces - 2, are_counts=True, may_be_fewer=True
     )
-    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     ids = range(1, trained.get_piece_size())
     scores = [round(float(trained.get_score(i)), 5) for i in ids]
     return Pieces(

@@ -44,8 +44,7 @@ class Lstm(nn.LSTM):
         if not self.is_compiled(x):
             result: tuple[Tensor, LstmState] = nn.LSTM.forward(self, x, state)
             return result
-        outputs, (output, cell) = self.read_compiled(x, state, edge_every=x.shape[1])
-        return outputs, (output, cell)
+        return self.read_compiled(x, state, edge_every=x.shape[1])
 
     def is_compiled(self, x: Tensor) -> bool:
         """Whether the compiled code reads `x`."""

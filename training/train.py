@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from service.errors import TrainingError
 from service.scoring import ErrorCounts
+from service.text import CHARACTERS
 from training.augment import Augmentation
 from training.checkpoint import (
     Checkpoint,
@@ -71,10 +72,11 @@ class TrainingRun:
         self.world = world
         self.directory = settings.run.directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.corpus, self.dev = prepare_corpora(settings, world)
-        torch.manual_seed(settings.run.seed)
         initial = settings.run.initial_checkpoint
         self.initial = None if initial is None else load_checkpoint(initial)
+        inherited = self.initial.tokens if self.initial else CHARACTERS
+        self.corpus, self.dev = prepare_corpora(settings, world, inherited=inherited)
+        torch.manual_seed(settings.run.seed)
         self.model = self._new_model().to(world.device)
         self.averaged = AveragedModel(
             self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.optimiser.average_decay)
