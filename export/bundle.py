@@ -39,11 +39,13 @@ from service.bundle import (
     OFFLINE_GRAPH,
     RESCORER_GRAPH,
     STREAMING_GRAPH,
+    Bundle,
     BundleConfig,
     DecodingSettings,
     Profile,
     Survival,
     hash_file,
+    load_bundle,
     write_lexicon,
 )
 from service.decoding.ngram import load_ngram
@@ -54,6 +56,7 @@ from service.features import FeatureSettings
 from service.g2p import Pronouncer
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
+from service.rescorer import Rescorer
 from service.text import are_pieces
 from training.checkpoint import Checkpoint, load_checkpoint, load_model
 from training.lexicon import load_dictionary, make_lexicon
@@ -77,6 +80,7 @@ def export_bundle(
     *,
     name: str,
     language: str,
+    like: Path | None = None,
     lm: Path | None = None,
     g2p: Path | None = None,
     rescorer: Path | None = None,
@@ -93,11 +97,13 @@ def export_bundle(
         folder: where the bundle goes.
         name: name by which requests choose the model.
         language: BCP-47 tag.
+        like: another bundle, whose language model, graphs beside the acoustic model, decoder
+            settings and calibration are taken over where nothing else is named.
         lm: folder that `voxgate lm build` wrote; None makes a bundle without a language model.
         g2p: letters-to-phones graph that `voxgate g2p` wrote: pronounces the language model's
             words that the dictionary lacks, and goes into the bundle.
-        rescorer: checkpoint of a language model that `voxgate train` wrote: the second pass over
-            final results; needs `lm`.
+        rescorer: the second pass over final results, a checkpoint of a language model that
+            `voxgate train` wrote or the `rescorer.onnx` of a bundle; needs `lm`.
         decoding: settings of the decoders that `voxgate tune` wrote.
         survival: calibration of interim results that `benchmarks/fit_stability.py` wrote.
         dev: manifest on which the finished bundle is measured, and int8 held against float32.
@@ -106,14 +112,20 @@ def export_bundle(
 
     Raises:
         ExportError: a file is missing, or parity fails; nothing is written then.
+        BundleError: `like` is no bundle, or an ONNX rescorer is missing or none.
         TrainingError: the checkpoint cannot be read.
     """
     _refuse_to_replace(folder)
+    other = None if like is None else load_bundle(like)
+    if other is not None:
+        lm = lm or (other.ngram and other.ngram.parent)
+        g2p = g2p or other.g2p_graph
+        rescorer = rescorer or other.rescorer_graph
     if rescorer is not None and lm is None:
         raise ExportError("a rescorer ranks what the search finds with --lm; name both or neither")
     note_text = _read_notes(notes)
-    calibration = _read_survival(survival)
-    settings = _read_decoding(decoding)
+    calibration = _read_survival(survival, other)
+    settings = _read_decoding(decoding, other, has_lm=lm is not None)
     checkpoint = load_checkpoint(checkpoint_path)
     model = load_model(checkpoint)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +138,7 @@ def export_bundle(
             _copy_lm(lm, work)
             _write_pronunciations(work, g2p)
         if rescorer is not None:
-            export_rescorer(rescorer, work / RESCORER_GRAPH, int8=int8)
+            _write_rescorer(rescorer, work / RESCORER_GRAPH, int8=int8)
         describe = functools.partial(
             _write_description,
             work,
@@ -184,18 +196,21 @@ def _write_graphs(model: AcousticModel, full_graph: Path, work: Path, *, int8: b
         logger.info("int8 streaming graph: mean difference of a probability %.1e", loss.mean)
 
 
-def _read_survival(path: Path | None) -> dict[str, Survival]:
+def _read_survival(path: Path | None, other: Bundle | None) -> Mapping[str, Survival]:
     if path is None:
-        return {}
+        return {} if other is None else other.config.survival
     try:
         return TypeAdapter(dict[str, Survival]).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise ExportError(f"cannot read the calibration {path}: {error}") from error
 
 
-def _read_decoding(path: Path | None) -> DecodingSettings:
+def _read_decoding(path: Path | None, other: Bundle | None, *, has_lm: bool) -> DecodingSettings:
+    """The settings of a file, of another bundle, or for a model that nothing was fitted to."""
+    if path is None and other is not None:
+        return other.config.decoding
     if path is None:
-        return DecodingSettings()
+        return DecodingSettings(search_tokens="phones" if has_lm else "characters")
     try:
         return DecodingSettings.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
@@ -213,6 +228,15 @@ def _write_pronunciations(work: Path, g2p: Path | None) -> None:
     lexicon = make_lexicon(words, load_dictionary(), pronounce)
     write_lexicon(lexicon, work / LEXICON)
     logger.info("%d of %d words have pronunciations", len(lexicon), len(words))
+
+
+def _write_rescorer(source: Path, graph: Path, *, int8: bool) -> None:
+    """Export a checkpoint, or take over a graph that was exported before."""
+    if source.suffix == ".onnx":
+        Rescorer(source)  # refuses what is none
+        shutil.copy(source, graph)
+    else:
+        export_rescorer(source, graph, int8=int8)
 
 
 def _refuse_to_replace(folder: Path) -> None:

@@ -107,7 +107,14 @@ class DecodingSettings(_Part):
     """Which head `beam` searches."""
     characters: DecoderSettings = DecoderSettings()
     """Defaults of the search over characters."""
-    phones: DecoderSettings = DecoderSettings(look_ahead=1.0)
+    phones: DecoderSettings = DecoderSettings(
+        beam_width=500,
+        alpha=0.9,
+        beta=0.0,
+        beam_prune_log_prob=-12.0,
+        token_min_log_prob=-8.0,
+        look_ahead=1.0,
+    )
     """Defaults of the search over phones."""
     reference: ReferenceSettings = ReferenceSettings()
     """Defaults of the reference decoder."""

@@ -667,8 +667,20 @@ def export(
     *,
     name: Annotated[str, typer.Option("--name", help="Model name; default DIR's name.")] = "",
     language: Annotated[str, typer.Option("--language", help="BCP-47 tag.")] = "en-US",
+    like: Annotated[
+        Path | None,
+        typer.Option(
+            "--like",
+            metavar="BUNDLE",
+            help="Take from this bundle what the options below leave out: language model, "
+            "rescorer, --g2p, --decoding, --survival.",
+        ),
+    ] = None,
     lm: Annotated[
-        Path | None, typer.Option("--lm", metavar="DIR", help="What `voxgate lm build` wrote.")
+        Path | None,
+        typer.Option(
+            "--lm", metavar="DIR", help="What `voxgate lm build` wrote, or a bundle's lm."
+        ),
     ] = None,
     dev: Annotated[
         Path | None,
@@ -684,7 +696,10 @@ def export(
     rescorer: Annotated[
         Path | None,
         typer.Option(
-            "--rescorer", metavar="FILE.pt", help="Language model that ranks results anew."
+            "--rescorer",
+            metavar="FILE",
+            help="Language model that ranks results anew: a checkpoint, or a bundle's "
+            "rescorer.onnx.",
         ),
     ] = None,
     decoding: Annotated[
@@ -713,6 +728,7 @@ def export(
         folder,
         name=name or folder.resolve().name,
         language=language,
+        like=like,
         lm=lm,
         g2p=g2p,
         rescorer=rescorer,

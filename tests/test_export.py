@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from pydantic import TypeAdapter
 from tiny import (
     N_MELS,
     TEXTS,
@@ -19,6 +21,7 @@ from tiny import (
     make_model,
     make_settings,
     one_weight_changed,
+    save_language_model,
     say,
     write_corpus,
     write_manifest,
@@ -34,9 +37,18 @@ from export.parity import (
     measure_parity,
     measure_streaming_parity,
 )
-from service.bundle import DecoderSettings, DecodingSettings, Profile, Survival, load_bundle
+from service.bundle import (
+    LEXICON,
+    LM_NGRAM,
+    RESCORER_GRAPH,
+    DecoderSettings,
+    DecodingSettings,
+    Profile,
+    Survival,
+    load_bundle,
+)
 from service.decoding.ngram import load_ngram
-from service.errors import ExportError, ManifestError, TrainingError
+from service.errors import BundleError, ExportError, ManifestError, TrainingError
 from service.recogniser import load_recogniser
 from service.text import CHARACTERS
 from training.checkpoint import load_checkpoint, load_model, save_checkpoint, save_weights
@@ -339,6 +351,50 @@ def test_exported_bundle_is_whole_and_can_be_used(
     recogniser = load_recogniser(folder)
     (segment,) = recogniser.recognise(say("bad cab"), decoder="greedy")
     assert segment.alternatives[0].transcript == "a"
+
+
+def test_bundle_takes_from_another_what_is_not_named(
+    checkpoint: Path, lm: Path, tmp_path: Path
+) -> None:
+    save_language_model(tmp_path / "lm.pt")
+    settings = DecodingSettings(search_tokens="phones", phones=DecoderSettings(alpha=0.25))
+    (tmp_path / "decoding.json").write_text(settings.model_dump_json())
+    survival = {"greedy": Survival(confidence=0.5)}
+    (tmp_path / "survival.json").write_bytes(TypeAdapter(dict[str, Survival]).dump_json(survival))
+    first, second = tmp_path / "first", tmp_path / "second"
+    export_bundle(
+        checkpoint,
+        first,
+        name="x",
+        language="en",
+        lm=lm,
+        rescorer=tmp_path / "lm.pt",
+        decoding=tmp_path / "decoding.json",
+        survival=tmp_path / "survival.json",
+    )
+    export = partial(export_bundle, checkpoint, second, name="y", language="en", like=first)
+
+    config = export()
+    for name in (LM_NGRAM, RESCORER_GRAPH, LEXICON):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    assert (config.decoding, config.survival) == (settings, survival)
+    (segment,) = load_recogniser(second).recognise(say("a"), decoder="rescored")
+    assert segment.alternatives[0].transcript == "a"
+
+    (tmp_path / "decoding.json").write_text(DecodingSettings().model_dump_json())
+    assert export(decoding=tmp_path / "decoding.json").decoding == DecodingSettings()
+    with pytest.raises(BundleError, match=r"offline\.onnx"):
+        export(rescorer=first / "offline.onnx")
+    with pytest.raises(BundleError, match="none"):
+        export(like=tmp_path / "none")
+    assert load_bundle(second).config.decoding == DecodingSettings()
+
+
+def test_bundle_that_nothing_was_fitted_to_searches_phones(
+    checkpoint: Path, lm: Path, tmp_path: Path
+) -> None:
+    config = export_bundle(checkpoint, tmp_path / "new", name="x", language="en", lm=lm)
+    assert config.decoding == DecodingSettings(search_tokens="phones")
 
 
 def test_model_card_names_corpora_and_figures(checkpoint: Path, tmp_path: Path) -> None:
