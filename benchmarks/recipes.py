@@ -1,6 +1,6 @@
 r"""Recipes compared at equal cost: short runs that differ in one thing each.
 
-python benchmarks/recipes.py benchmarks/recipes/small.toml --train train.jsonl --dev dev.jsonl \
+python benchmarks/recipes.py benchmarks/recipes/small.toml --train train.jsonl… --dev dev.jsonl \
     --output runs/recipes [--only base ctc …] [--set optimiser.n_epochs=4 …] \
     [--corpora librispeech-dev-clean] [--every 2]
 
@@ -31,7 +31,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("variants", type=Path, help="TOML: [recipe.*] and [variants]")
-    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--train", type=Path, nargs="+", required=True)
     parser.add_argument("--dev", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/recipes"))
     parser.add_argument("--only", nargs="+", help="names of variants")
@@ -61,7 +61,7 @@ def main() -> None:
 def _settings(options: argparse.Namespace, changes: list[str], directory: Path) -> TrainingSettings:
     overrides = [f"recipe.{change}" for change in (*options.set, *changes)]
     tree = read_tree(options.variants, overrides)["recipe"]
-    tree["data"] |= {"train": [options.train], "dev": [options.dev]}
+    tree["data"] |= {"train": options.train, "dev": [options.dev]}
     tree["run"] = {"n_threads": 1, **tree.get("run", {}), "directory": directory}
     return validate(TrainingSettings, tree, options.variants)
 
