@@ -77,7 +77,8 @@ class Plan:
         settings = self._settings(variant, directory, seed)
         rows = read_rows(directory)
         if not rows or rows[-1]["epoch"] < settings.optimiser.n_epochs:
-            train(settings)
+            if train(settings).epoch < settings.optimiser.n_epochs:
+                raise SystemExit(f"{directory} was stopped; the same command goes on with it")
             rows = read_rows(directory)
         return rows
 
