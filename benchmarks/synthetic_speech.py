@@ -4,7 +4,7 @@ apt install espeak-ng flite
 python benchmarks/synthetic_speech.py books.txt.xz runs/synthetic [--hours 3]
 
 Writes a folder of WAV files and a manifest, `train.jsonl`, of the corpus `synthetic`; each voice is
-a speaker. Speed and pitch are drawn for each sentence. `recipes.py --train train.jsonl
+a speaker. Speed, and espeak-ng's pitch, are drawn for each sentence. `recipes.py --train train.jsonl
 runs/synthetic/train.jsonl` trains on it where a variant's corpora have `synthetic`.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import wave
 from pathlib import Path
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--hours", type=float, default=3.0)
     options = parser.parse_args()
+    if missing := [name for name in ("espeak-ng", "flite") if shutil.which(name) is None]:
+        raise SystemExit(f"{' and '.join(missing)} not found: apt install espeak-ng flite")
     lines = read_sentences([TextPart(options.text)])
     sentences = [line for line in lines if len(line.split()) in WORDS]
     draw = random.Random(0)
