@@ -4,8 +4,8 @@ apt install espeak-ng flite
 python benchmarks/synthetic_speech.py books.txt.xz runs/synthetic [--hours 3]
 
 Writes a folder of WAV files and a manifest, `train.jsonl`, of the corpus `synthetic`; each voice is
-a speaker. Speed, and espeak-ng's pitch, are drawn for each sentence. `recipes.py --train train.jsonl
-runs/synthetic/train.jsonl` trains on it where a variant's corpora have `synthetic`.
+a speaker. Speed, and espeak-ng's pitch, are drawn for each sentence. `recipes.py --train
+train.jsonl runs/synthetic/train.jsonl` trains on it where a variant's corpora have `synthetic`.
 """
 
 from __future__ import annotations
