@@ -141,7 +141,7 @@ def main() -> None:
     items = [i for i in read_items(folder, arguments.manifest) if i.corpus == arguments.corpus]
     if arguments.utterances:
         items = items[:: max(1, len(items) // arguments.utterances)]
-    audio_s = sum(len(item.emissions["characters"]) for item in items) * 0.04
+    audio_s = sum(len(item.emissions["characters"]) for item in items) * bundle.config.frame_s
     print(f"{processor_name()}; {arguments.corpus}: {len(items)} utterances, {audio_s:.0f} s")
     beams = [int(beam) for beam in arguments.beams.split(",")]
     rows = make_rows(bundle, items, beams)

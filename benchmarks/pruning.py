@@ -33,8 +33,6 @@ from service.tuning import (
 )
 from training.precision import processor_name
 
-FRAME_S = 0.01
-
 
 def main() -> None:
     """Measure and print."""
@@ -55,8 +53,7 @@ def main() -> None:
         raise InputError(f"{folder} has no language model over phones; there is nothing to prune")
     lm, lexicon = load_ngram(bundle.ngram), bundle.read_lexicon()
     items = read_items(folder, options.manifest)[:: options.every]
-    frame_s = FRAME_S * bundle.config.subsampling
-    audio_s = sum(len(item.emissions["phones"]) for item in items) * frame_s
+    audio_s = sum(len(item.emissions["phones"]) for item in items) * bundle.config.frame_s
     print(f"{processor_name()}; {len(items)} utterances, {audio_s:.0f} s")
     wanted = bundle.config.decoding.of("phones")
     for pruning in options.pruning:

@@ -85,7 +85,7 @@ class Plan:
     def _settings(self, variant: Variant, directory: Path, seed: int) -> TrainingSettings:
         n_epochs = variant.optimiser.get("n_epochs", self.n_passes)
         optimiser = {
-            "batch_s": 40.0,
+            "batch_s": 16.0,
             "learning_rate": 2e-3,
             "n_warmup_steps": 100,
             "average_decay": 0.99,

@@ -18,13 +18,13 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from service.bundle import Profile, find_bundle
+from service.bundle import Profile, find_bundle, load_bundle
 from service.evaluation import evaluate
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
 
-CHUNKINGS: Final = ((4, 4), (8, 4), (8, 8), (16, 8), (16, 16), (32, 16))
-"""Chunk and right context, output frames."""
+CHUNKINGS_MS: Final = ((160, 160), (320, 160), (320, 320), (640, 320), (640, 640), (1280, 640))
+"""Chunk and right context, milliseconds; read are as many whole output frames."""
 DECODERS: Final[tuple[DecoderName, ...]] = ("greedy", "beam")
 _FULL: Final = "full context"
 
@@ -41,7 +41,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     folder = find_bundle(arguments.bundle)
-    names = [*(f"{chunk}+{right}" for chunk, right in CHUNKINGS), _FULL]
+    frame_ms = 1000 * load_bundle(folder).config.frame_s
+    names = [
+        *(f"{int(chunk / frame_ms)}+{int(right / frame_ms)}" for chunk, right in CHUNKINGS_MS),
+        _FULL,
+    ]
     tasks: list[Task] = [
         (folder, arguments.manifest, name, decoder) for name in names for decoder in DECODERS
     ]

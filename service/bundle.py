@@ -183,6 +183,11 @@ class BundleConfig(_Part):
     provenance: Mapping[str, Any]
     """Where the model comes from: data, hours, licences, measured error rates."""
 
+    @property
+    def frame_s(self) -> float:
+        """Seconds of one output frame."""
+        return self.subsampling * self.features.hop_ms / 1000
+
     @model_validator(mode="after")
     def _windows_hold_their_frames(self) -> BundleConfig:
         for name, profile in self.profiles.items():

@@ -1019,10 +1019,10 @@ def tune(
         Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a heat map.")
     ] = None,
     alphas: Annotated[str, typer.Option("--alphas", help="Language model weights to try.")] = (
-        "0.5,0.6,0.7,0.8,0.9,1.0"
+        "0.6,0.7,0.8,0.9,1.0,1.1,1.2"
     ),
     betas: Annotated[str, typer.Option("--betas", help="Word scores to try.")] = (
-        "0,0.5,1,1.5,2,2.5,3"
+        "-1,-0.5,0,1,2,3"
     ),
     threads: ThreadsOption = None,
 ) -> None:
