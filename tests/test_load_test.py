@@ -129,7 +129,7 @@ def test_joined_audio_is_whole_messages_and_its_pauses_are_not_silent(
 def test_expected_results_follow_the_audio_that_they_hold(
     recogniser: Recogniser, short_clips: list[Utterance]
 ) -> None:
-    (pieces,) = join_audio(short_clips, n_audios=1, seconds=6.0)
+    (pieces,) = join_audio(short_clips, n_audios=1, seconds=8.0)
     expected = expect(recogniser, pieces, decoder="greedy", profile="fast")
     assert [e.message for e in expected] == sorted(e.message for e in expected)
     assert all(e.end_s <= (e.message + 1) * PIECE_S for e in expected[:-1])

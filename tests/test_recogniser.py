@@ -143,8 +143,8 @@ def test_first_pass_recognises_a_recording_as_one_utterance(
 
 
 def test_latency_is_that_of_window_and_front_end(recogniser: Recogniser) -> None:
-    assert recogniser.latency_s("fast") == pytest.approx(0.655)
-    assert recogniser.latency_s("balanced") == pytest.approx(0.975)
+    assert recogniser.latency_s("fast") == pytest.approx(0.635)
+    assert recogniser.latency_s("balanced") == pytest.approx(0.965)
 
 
 def test_silence_gives_an_empty_transcript(recogniser: Recogniser) -> None:

@@ -489,8 +489,8 @@ def test_models_are_listed(server: RunningServer) -> None:
     assert list(response.models[0].domains) == ["barista"]
     profiles = response.models[0].profiles
     latencies_s = {p.name: p.latency.ToMilliseconds() / 1000 for p in profiles}
-    assert latencies_s["fast"] == pytest.approx(0.655)
-    assert latencies_s["balanced"] == pytest.approx(0.975)
+    assert latencies_s["fast"] == pytest.approx(0.635)
+    assert latencies_s["balanced"] == pytest.approx(0.965)
 
 
 @pytest.mark.parametrize(

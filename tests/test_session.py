@@ -404,7 +404,9 @@ def test_speech_begins_and_ends_in_turn(
     _check_alternation(updates)
     assert len(_events(updates)) >= 16
     ends_s = [u.time_s for u in updates if u.event is SpeechEvent.SPEECH_ENDED]
-    assert [f.end_s for f in _finals(updates)] == pytest.approx(ends_s)
+    finals_s = [f.end_s for f in _finals(updates)]
+    assert len(finals_s) >= len(ends_s) - 1  # a sound may be no word
+    assert all(any(end_s == pytest.approx(t) for t in ends_s) for end_s in finals_s)
 
 
 def test_speech_that_the_end_of_the_audio_reveals_begins_before_it_ends(

@@ -322,7 +322,9 @@ def test_consistency_counts_where_readings_differ(tmp_path: Path, dropout: float
         ).state_dict()
         for consistency in (0.5, 50.0)
     ]
-    equal = all(torch.allclose(weights[0][name], weights[1][name]) for name in weights[0])
+    equal = all(
+        torch.allclose(weights[0][name], weights[1][name], atol=1e-2) for name in weights[0]
+    )
     assert equal == (dropout == 0.0)
 
 
