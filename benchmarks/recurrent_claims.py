@@ -61,8 +61,9 @@ SILENCE: Final = 0
 """Label of frames without a phone; the phones' are their places in `PHONES`."""
 NO_LABEL: Final = -100
 REACH_FRAMES: Final = 100
-TOO_HIGH_RATES: Final = {"adamw": 3e-2, "sgd": 1.0}
+TOO_HIGH_RATES: Final = {"adamw": 0.3, "sgd": 10.0}
 MOMENTUM: Final = 0.9
+PLOTS_A_ROW: Final = 3
 
 FloatArray = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -252,9 +253,10 @@ def main() -> None:
         f"{held_out.hours:.2f} hours held out, {processor_name()}\n"
         f"the most frequent label in every frame: {guess_error(plan.held_out):.1%} wrong\n"
     )
-    figure, axes = plt.subplots(1, len(options.claims), figsize=(5 * len(options.claims), 4))
-    for claim, axis in zip(options.claims, np.atleast_1d(axes), strict=True):
-        axis.set_title(claim)
+    n_rows = -(-len(options.claims) // PLOTS_A_ROW)
+    figure = plt.figure(figsize=(5 * PLOTS_A_ROW, 4 * n_rows))
+    for i, claim in enumerate(options.claims, 1):
+        axis = figure.add_subplot(n_rows, PLOTS_A_ROW, i, title=claim)
         if claim == "reach":
             show_reach(plan, axis)
         elif claim == "clipping":
