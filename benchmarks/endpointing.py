@@ -16,9 +16,10 @@ from typing import Final
 
 import jiwer
 import numpy as np
-from joined import Joined, join_utterances, to_pcm
+from joined import Joined, join_utterances
 from tqdm import tqdm
 
+from service.audio import to_pcm
 from service.bundle import find_bundle
 from service.endpointing import EndpointSettings
 from service.features import log_mel

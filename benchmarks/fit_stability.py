@@ -20,10 +20,9 @@ from typing import Final
 import jiwer
 import numpy as np
 import numpy.typing as npt
-from joined import to_pcm
 from tqdm import tqdm
 
-from service.audio import load_audio
+from service.audio import load_audio, to_pcm
 from service.bundle import Survival, find_bundle
 from service.decoding.hypothesis import Word
 from service.endpointing import EndpointSettings

@@ -14,19 +14,19 @@ import multiprocessing
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 from pocketsphinx import Decoder
 from tqdm import tqdm
 
-from service.audio import load_audio
+from service.audio import load_audio, to_pcm
 from service.manifest import Utterance, read_manifest
 from service.text import normalise
 
 SAMPLE_RATE: Final = 16_000
 _FRAMES_PER_S: Final = 100
-_LARGEST_SAMPLE: Final = 32_767
 
 Words = list[tuple[str, float, float]]
+Phones = list[tuple[str, int, int]]
+"""Name, first frame of 10 ms, frames."""
 
 _decoder: Decoder | None = None
 
@@ -58,18 +58,9 @@ def read_words(path: Path) -> dict[str, Words]:
 
 def align(utterance: Utterance) -> Words:
     """The words of one utterance, none where it cannot be aligned."""
-    global _decoder  # noqa: PLW0603  # one model a process
-    if _decoder is None:
-        _decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
     text = normalise(utterance.text or "")
-    waveform = load_audio(utterance.audio_path, target_rate=SAMPLE_RATE)
-    pcm = (np.clip(waveform, -1, 1) * _LARGEST_SAMPLE).astype("<i2").tobytes()
     try:
-        _decoder.set_align_text(text)
-        _decoder.start_utt()
-        _decoder.process_raw(pcm, full_utt=True)
-        _decoder.end_utt()
-        segments = list(_decoder.seg() or [])
+        segments = list(_hear(utterance, text)[0].seg() or [])
     except RuntimeError:
         return []
     words = [
@@ -78,6 +69,36 @@ def align(utterance: Utterance) -> Words:
         if s.word[0] not in "<["
     ]
     return words if [word for word, _, _ in words] == text.split() else []
+
+
+def align_phones(utterance: Utterance) -> Phones:
+    """The phones of one utterance, none where it cannot be aligned."""
+    try:
+        decoder, pcm = _hear(utterance, normalise(utterance.text or ""))
+        decoder.set_alignment()  # what was heard once more, with what is in the words
+        _process(decoder, pcm)
+        if not (alignment := decoder.get_alignment()):
+            return []
+        return [(phone.name, phone.start, phone.duration) for word in alignment for phone in word]
+    except RuntimeError:
+        return []
+
+
+def _hear(utterance: Utterance, text: str) -> tuple[Decoder, bytes]:
+    """The decoder after it heard an utterance and looked for the words of a text, and the audio."""
+    global _decoder  # noqa: PLW0603  # one model a process
+    if _decoder is None:
+        _decoder = Decoder(samprate=SAMPLE_RATE, loglevel="FATAL")
+    pcm = to_pcm(load_audio(utterance.audio_path, target_rate=SAMPLE_RATE))
+    _decoder.set_align_text(text)
+    _process(_decoder, pcm)
+    return _decoder, pcm
+
+
+def _process(decoder: Decoder, pcm: bytes) -> None:
+    decoder.start_utt()
+    decoder.process_raw(pcm, full_utt=True)
+    decoder.end_utt()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError, Message
 from google.rpc.code_pb2 import Code
 
-from service.audio import load_audio
+from service.audio import load_audio, to_pcm
 from service.client import check_health
 from service.pb.google.cloud.speech.v1 import cloud_speech_pb2 as google
 from service.pb.riva.proto import riva_asr_pb2 as riva
@@ -209,7 +209,7 @@ def make_recordings(examples: Path = EXAMPLES, *, bomb_s: float = _BOMB_S) -> Re
     stereo = np.stack([w[: min(map(len, speech))] for w in speech], axis=1)
     clips["WAV stereo"] = _encode(stereo, "WAV", "PCM_16")
     clips["FLAC stereo"] = _encode(stereo, "FLAC", "PCM_16")
-    clips["raw"] = (speech[1] * 32767).astype("<i2").tobytes()
+    clips["raw"] = to_pcm(speech[1])
     clips["raw mu-law"] = _encode(speech[1][::2], "RAW", "ULAW")
     clips["raw silence"] = bytes(2 * _SAMPLE_RATE)
     silence = np.zeros(round(bomb_s * 8000), np.int16)

@@ -23,7 +23,6 @@ _GAP_S: Final = (0.3, 3.0)
 _MARGIN_S: Final = 0.05
 _SHORTEST_PAUSE_S: Final = 0.2
 _FADE_S: Final = 0.01
-_LARGEST_SAMPLE: Final = 32_767
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,6 @@ def join_utterances(
                 pieces += [waveform, tone]
                 n_samples += len(waveform) + n_gap
             yield Joined(speaker, name, np.concatenate(pieces), reference, texts, waveforms)
-
-
-def to_pcm(waveform: FloatArray) -> bytes:
-    """Samples in [-1, 1] as 16-bit little-endian PCM."""
-    return (np.clip(waveform, -1, 1) * _LARGEST_SAMPLE).astype("<i2").tobytes()
 
 
 def _room_tone(

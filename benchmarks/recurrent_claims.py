@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Literal
 
@@ -34,15 +35,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
 import torch
-from pocketsphinx import Decoder
+from forced_alignment import Phones, align_phones
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from service.audio import load_audio
 from service.features import FeatureSettings, log_mel
-from service.manifest import Utterance, read_manifest
-from service.text import normalise
+from service.manifest import read_manifest
 from training.lexicon import PHONES
 from training.model import AcousticModel, Cell, RecurrentLayer
 from training.precision import processor_name
@@ -70,9 +70,6 @@ Labels = npt.NDArray[np.int64]
 Optimiser = Literal["adamw", "sgd"]
 
 _FRAMES_PER_S: Final = 100
-_LARGEST_SAMPLE: Final = 32_767
-
-_decoder: Decoder | None = None
 
 
 @dataclass(frozen=True)
@@ -102,29 +99,34 @@ class Variant:
             )
         )
 
-    def build(self) -> AcousticModel:
-        """The model, as wide as makes `N_PARAMETERS` weights, as nearly as can be."""
-
-        def make(width: int) -> AcousticModel:
-            return AcousticModel(
-                n_mels=FeatureSettings().n_mels,
-                n_tokens=1,
-                n_phones=len(PHONES),
-                cell=self.cell,
-                n_layers=self.n_layers,
-                hidden_size=width,
-                bidirectional=self.bidirectional,
-                subsampling=SUBSAMPLING,
-                n_channels=N_CHANNELS,
-                dropout=DROPOUT,
-                skip=self.skip,
-            )
+    @cached_property
+    def width(self) -> int:
+        """Of a direction, with which the model has `N_PARAMETERS` weights, as nearly as can be."""
 
         def distance(width: int) -> int:
             with torch.device("meta"):
-                return abs(count_weights(make(width)) - N_PARAMETERS)
+                return abs(count_weights(self._make(width)) - N_PARAMETERS)
 
-        return make(min(range(8, 640, 4), key=distance))
+        return min(range(8, 640, 4), key=distance)
+
+    def build(self) -> AcousticModel:
+        """The model, with weights drawn at random."""
+        return self._make(self.width)
+
+    def _make(self, width: int) -> AcousticModel:
+        return AcousticModel(
+            n_mels=FeatureSettings().n_mels,
+            n_tokens=1,
+            n_phones=len(PHONES),
+            cell=self.cell,
+            n_layers=self.n_layers,
+            hidden_size=width,
+            bidirectional=self.bidirectional,
+            subsampling=SUBSAMPLING,
+            n_channels=N_CHANNELS,
+            dropout=DROPOUT,
+            skip=self.skip,
+        )
 
 
 @dataclass(frozen=True)
@@ -243,6 +245,9 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--clipping-seeds", type=int, default=5)
+    parser.add_argument(
+        "--rate-scale", type=float, default=1.0, help="times the rates of `clipping`"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -260,7 +265,7 @@ def main() -> None:
         if claim == "reach":
             show_reach(plan, axis)
         elif claim == "clipping":
-            show_clipping(plan, axis, n_seeds=options.clipping_seeds)
+            show_clipping(plan, axis, n_seeds=options.clipping_seeds, rate_scale=options.rate_scale)
         else:
             show_errors(plan, make_variants(claim), axis, n_seeds=options.seeds)
     figure.tight_layout()
@@ -292,10 +297,8 @@ def show_errors(plan: Plan, variants: dict[str, Variant], axis: plt.Axes, *, n_s
     for name, variant in variants.items():
         curves = [plan.errors(variant, seed) for seed in range(1, n_seeds + 1)]
         rates = [curve[-1] for curve in curves]
-        model = variant.build()
-        width = model.norm.normalized_shape[0] // (2 if variant.bidirectional else 1)
         print(
-            f"| {name} | {width} | {count_weights(model) / 1e3:.0f} k | "
+            f"| {name} | {variant.width} | {count_weights(variant.build()) / 1e3:.0f} k | "
             f"{', '.join(f'{rate:.1%}' for rate in rates)} | {np.mean(rates):.1%} |",
             flush=True,
         )
@@ -307,7 +310,7 @@ def show_errors(plan: Plan, variants: dict[str, Variant], axis: plt.Axes, *, n_s
     print()
 
 
-def show_clipping(plan: Plan, axis: plt.Axes, *, n_seeds: int) -> None:
+def show_clipping(plan: Plan, axis: plt.Axes, *, n_seeds: int, rate_scale: float) -> None:
     """How many runs fail with and without clipping."""
     print("| cell | optimiser | gradients | runs that failed | frames wrong in the others |")
     print("| --- | --- | --- | --- | --- |")
@@ -318,9 +321,8 @@ def show_clipping(plan: Plan, axis: plt.Axes, *, n_seeds: int) -> None:
     for cell in cells:
         for optimiser in optimisers:
             for clipped in (True, False):
-                variant = Variant(
-                    cell, optimiser=optimiser, rate=TOO_HIGH_RATES[optimiser], clipped=clipped
-                )
+                rate = rate_scale * TOO_HIGH_RATES[optimiser]
+                variant = Variant(cell, optimiser=optimiser, rate=rate, clipped=clipped)
                 rates = [
                     plan.errors(variant, seed, n_passes=1)[-1] for seed in range(1, n_seeds + 1)
                 ]
@@ -424,29 +426,7 @@ def read_speech(manifest: Path, corpus: str, output: Path) -> tuple[Speech, Spee
     return train, dev
 
 
-def align_phones(utterance: Utterance) -> list[tuple[str, int, int]]:
-    """Phones of an utterance, first frame and number of frames of 10 ms; none where that fails."""
-    global _decoder  # noqa: PLW0603  # one model a process
-    if _decoder is None:
-        _decoder = Decoder(samprate=FeatureSettings().sample_rate, loglevel="FATAL")
-    waveform = load_audio(utterance.audio_path, target_rate=FeatureSettings().sample_rate)
-    pcm = (np.clip(waveform, -1, 1) * _LARGEST_SAMPLE).astype("<i2").tobytes()
-    try:
-        _decoder.set_align_text(normalise(utterance.text or ""))
-        for is_second in (False, True):  # words, then what is in them
-            if is_second:
-                _decoder.set_alignment()
-            _decoder.start_utt()
-            _decoder.process_raw(pcm, full_utt=True)
-            _decoder.end_utt()
-        if not (alignment := _decoder.get_alignment()):
-            return []
-        return [(phone.name, phone.start, phone.duration) for word in alignment for phone in word]
-    except RuntimeError:
-        return []
-
-
-def label_frames(phones: Sequence[tuple[str, int, int]], n_frames: int) -> Labels:
+def label_frames(phones: Phones, n_frames: int) -> Labels:
     """The label at the middle of each output frame, int64, (frames,)."""
     labels = np.full(n_frames * SUBSAMPLING, SILENCE)
     for name, start, duration in phones:

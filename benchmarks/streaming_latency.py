@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from joined import join_utterances, to_pcm
+from joined import join_utterances
 from tqdm import tqdm
 
+from service.audio import to_pcm
 from service.bundle import find_bundle
 from service.recogniser import load_recogniser
 from service.request import StreamRequest

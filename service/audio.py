@@ -42,6 +42,7 @@ _BLOCK_SAMPLES: Final = 1 << 23  # of all channels together
 _SNIFF_BYTES: Final = 12
 _LOUDEST: Final = 1e6  # float samples beyond are no audio, and could overflow in what follows
 _TEXT_BYTES: Final = 512
+_LARGEST_SAMPLE: Final = 32_767
 _LONGEST_HEADER_BYTES: Final = 1 << 20
 
 
@@ -291,6 +292,11 @@ def _read_pieces(path: Path) -> Iterator[bytes]:
                 yield piece
     except OSError as error:
         raise AudioError(f"cannot read {path}: {error.strerror}") from error
+
+
+def to_pcm(waveform: FloatArray) -> bytes:
+    """Samples in [-1, 1] as 16-bit little-endian PCM; louder ones are clipped."""
+    return (np.clip(waveform, -1, 1) * _LARGEST_SAMPLE).astype("<i2").tobytes()
 
 
 def resample(waveform: FloatArray, source_rate: int, target_rate: int) -> FloatArray:

@@ -31,7 +31,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from service.audio import AudioFormat, Encoding, load_audio
+from service.audio import AudioFormat, Encoding, load_audio, to_pcm
 from service.bundle import DEFAULT_PROFILE
 from service.errors import ManifestError, ServerError
 from service.manifest import Utterance
@@ -268,7 +268,7 @@ def join_audio(
     for number in range(n_audios):
         first = number * len(utterances) // n_audios
         rotated = [*utterances[first:], *utterances[:first]]
-        pcm = _to_pcm(_join(rotated, n_samples=n_pieces * _PIECE_SAMPLES, seed=number))
+        pcm = to_pcm(_join(rotated, n_samples=n_pieces * _PIECE_SAMPLES, seed=number))
         size = len(pcm) // n_pieces
         audios.append(tuple(pcm[start : start + size] for start in range(0, len(pcm), size)))
     return audios
@@ -284,10 +284,6 @@ def _join(utterances: Sequence[Utterance], *, n_samples: int, seed: int) -> Floa
         if sum(map(len, parts)) >= n_samples:
             break
     return np.concatenate(parts)[:n_samples]
-
-
-def _to_pcm(waveform: FloatArray) -> bytes:
-    return (np.clip(waveform, -1, 1) * 32_767).astype("<i2").tobytes()
 
 
 def expect(
@@ -723,7 +719,7 @@ def _recordings(
     recordings = []
     for utterance in utterances[:: -(-len(utterances) // _MOST_RECORDINGS)]:
         waveform = load_audio(utterance.audio_path, target_rate=_SAMPLE_RATE)
-        audio = pb.RecognitionAudio(content=_to_pcm(waveform))
+        audio = pb.RecognitionAudio(content=to_pcm(waveform))
         request = pb.RecognizeRequest(config=_config(target, model), audio=audio)
         recordings.append((len(waveform) / _SAMPLE_RATE, request.SerializeToString()))
     return tuple(recordings)

@@ -54,11 +54,6 @@ def join_with_pauses(waveforms: list[FloatArray], *, pause_s: float = 1.0) -> Fl
     return np.concatenate([part for w in waveforms for part in (w, noise(pause_s))])
 
 
-def to_pcm(waveform: FloatArray) -> bytes:
-    """16-bit little-endian samples."""
-    return (np.clip(waveform, -1, 1) * 32767).astype("<i2").tobytes()
-
-
 @dataclass(frozen=True)
 class RunningServer:
     """A `voxgate serve` in a process of its own."""

@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import soundfile
-from conftest import join_with_pauses, noise, to_pcm
+from conftest import join_with_pauses, noise
 
 from service import calls as calls_module
 from service import profanity
 from service.admission import Admission, Limits
-from service.audio import AudioFormat, Encoding
+from service.audio import AudioFormat, Encoding, to_pcm
 from service.calls import Calls, EndUtterance, Piece
 from service.decoding.hypothesis import Phrase
 from service.errors import AudioError, IdleError, InputError, OverloadError, RequestError

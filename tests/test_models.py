@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import to_pcm
 from test_scheduler import MarkingEngine, MarkingStreamingEngine
 
+from service.audio import to_pcm
 from service.bundle import CONFIG_NAME
 from service.errors import BundleError, RequestError, ServerError
 from service.features import FeatureSettings

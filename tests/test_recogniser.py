@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import join_with_pauses, noise, to_pcm
+from conftest import join_with_pauses, noise
 
-from service.audio import AudioFormat, Encoding
+from service.audio import AudioFormat, Encoding, to_pcm
 from service.decoding.greedy import GreedyDecoder
 from service.features import log_mel
 from service.manifest import Utterance

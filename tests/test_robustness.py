@@ -27,10 +27,11 @@ import grpc
 import psutil
 import pytest
 import soundfile
-from conftest import RunningServer, _wait_for_address, join_with_pauses, noise, run_server, to_pcm
+from conftest import RunningServer, _wait_for_address, join_with_pauses, noise, run_server
 from google.longrunning import operations_pb2, operations_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from service.audio import to_pcm
 from service.client import check_health
 from service.pb.google.cloud.speech.v1 import cloud_speech_pb2 as google
 from service.pb.google.cloud.speech.v1 import cloud_speech_pb2_grpc

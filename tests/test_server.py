@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import soundfile
-from conftest import RunningServer, join_with_pauses, noise, run_server, to_pcm
+from conftest import RunningServer, join_with_pauses, noise, run_server
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from service.audio import load_audio
+from service.audio import load_audio, to_pcm
 from service.client import check_health, read_pcm, stream_recognise, stream_responses
 from service.errors import ServerError
 from service.manifest import Utterance

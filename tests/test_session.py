@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from conftest import join_with_pauses, noise, to_pcm
+from conftest import join_with_pauses, noise
 
 from service import audio
-from service.audio import AudioFormat, Encoding
+from service.audio import AudioFormat, Encoding, to_pcm
 from service.bundle import Survival
 from service.endpointing import EndpointSettings
 from service.errors import AudioError, RequestError
