@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,7 +263,7 @@ def read_lexicon(path: Path) -> dict[str, tuple[tuple[str, ...], ...]]:
     lexicon: dict[str, tuple[tuple[str, ...], ...]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         word, *phones = line.split()
-        lexicon[word] = (*lexicon.get(word, ()), tuple(phones))
+        lexicon[word] = (*lexicon.get(word, ()), tuple(map(sys.intern, phones)))
     return lexicon  # of tuples, which the garbage collector does not go through
 
 
