@@ -1029,6 +1029,8 @@ def tune(
     """Fit the decoder's weights and confidences on development data."""
     from service.tuning import tune_bundle  # noqa: PLC0415
 
+    for path in (output, *([plot] if plot else [])):
+        path.parent.mkdir(parents=True, exist_ok=True)  # not after an hour's work
     settings = tune_bundle(
         find_bundle(bundle),
         manifest,

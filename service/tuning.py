@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import jiwer
 import numpy as np
@@ -112,6 +112,8 @@ def tune_bundle(
         InputError: it has no language model, or the manifest fewer than two speakers.
         MissingExtraError: a plot is wanted and matplotlib is missing.
     """
+    if plot is not None:
+        _find_figure()  # before the long work
     bundle = load_bundle(folder)
     if bundle.ngram is None:
         raise InputError(f"{folder} has no language model whose weight could be fitted")
@@ -422,13 +424,7 @@ def draw_maps(maps: Mapping[SearchTokens, Mapping[Weights, float]], path: Path) 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415  # wanted for plots only
-    except ImportError as error:
-        raise MissingExtraError(
-            "a heat map needs matplotlib: pip install 'voxgate[benchmarks]'"
-        ) from error
-    figure = Figure(figsize=(6 * len(maps), 4.5), layout="constrained")
+    figure = _find_figure()(figsize=(6 * len(maps), 4.5), layout="constrained")
     for axes, (head, rates) in zip(
         figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True
     ):
@@ -441,6 +437,16 @@ def draw_maps(maps: Mapping[SearchTokens, Mapping[Weights, float]], path: Path) 
         axes.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
         axes.set(xlabel="alpha", ylabel="beta", title=f"WER in %, {head}")
     figure.savefig(path, dpi=120)
+
+
+def _find_figure() -> Any:  # noqa: ANN401  # matplotlib has no types
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415  # wanted for plots only
+    except ImportError as error:
+        raise MissingExtraError(
+            "a heat map needs matplotlib: pip install 'voxgate[benchmarks]'"
+        ) from error
+    return Figure
 
 
 def _logistic(x: DoubleArray) -> DoubleArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from conftest import CHECKOUT
 
 from service.bundle import DecodingSettings
-from service.errors import InputError
+from service.errors import InputError, MissingExtraError
 from service.manifest import Utterance
 from service.tuning import (
     fit_logistic,
@@ -76,6 +77,14 @@ def test_tuning_chooses_and_draws(shipped_bundle: Path, tmp_path: Path) -> None:
     assert any("cross-fitted WER" in line for line in lines)
     again = DecodingSettings.model_validate_json(settings.model_dump_json())
     assert again == settings
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match="matplotlib"):
+        tune_bundle(tmp_path, tmp_path, alphas=[1.0], betas=[0.0], plot=tmp_path / "map.png")
 
 
 def test_one_speaker_cannot_be_held_out(
