@@ -53,7 +53,7 @@ def main() -> None:
         script = Path(__file__).with_name("acoustic_checkpoints.py")
         paths = [script, directory / "last.pt", "--dev", options.dev]
         command = [sys.executable, *map(str, paths), *scoring]
-        table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        table = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         minutes = sum(json.loads((directory / "seconds.json").read_text())) / 60
         print(f"{name}, {minutes:.0f} minutes\n{table}", flush=True)
 

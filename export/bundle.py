@@ -58,7 +58,7 @@ from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser, load_recogniser
 from service.rescorer import Rescorer
 from service.text import are_pieces
-from training.checkpoint import Checkpoint, load_checkpoint, load_model
+from training.checkpoint import Checkpoint, load_acoustic_checkpoint, load_model
 from training.lexicon import load_dictionary, make_lexicon
 from training.model import AcousticModel, Chunking
 from training.ngram import NGRAM_NAME
@@ -126,7 +126,7 @@ def export_bundle(
     note_text = _read_notes(notes)
     calibration = _read_survival(survival, other)
     settings = _read_decoding(decoding, other, has_lm=lm is not None)
-    checkpoint = load_checkpoint(checkpoint_path)
+    checkpoint = load_acoustic_checkpoint(checkpoint_path)
     model = load_model(checkpoint)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -367,6 +367,13 @@ def _evaluate(
 def _put_in_place(work: Path, folder: Path) -> None:
     """Replace `folder` by the finished bundle; the old one is gone only when the new one stands."""
     old = work.parent / "old"
+    if lost := sorted(path.name for path in folder.glob("domains/*")):
+        logger.warning(
+            "the bundle that is replaced had the domains %s; build them anew with "
+            "`voxgate domain build FILE --bundle %s`",
+            ", ".join(lost),
+            folder,
+        )
     if folder.exists():
         folder.rename(old)
     try:

@@ -49,6 +49,7 @@ from training.precision import choose_precision
 from training.schedule import learning_rate
 from training.tasks import run_task
 from training.train import TrainingRun, draw_chunking, train
+from training.weights import GradientGuard, average_model
 
 _ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 _RANDOM = (
@@ -414,6 +415,76 @@ def test_train_refuses_speakers_on_both_sides(corpus: TinyCorpus, tmp_path: Path
         train(settings)
 
 
+def test_one_speaker_alone_can_be_trained_on(
+    corpus: TinyCorpus, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = write_recordings(tmp_path, TEXTS[:6], speaker="me")
+    train_set = write_manifest(tmp_path / "mine.jsonl", rows[:4])
+    dev_set = write_manifest(tmp_path / "mine-dev.jsonl", rows[4:])
+    mine = (f'data.train=["{train_set}"]', f'data.dev=["{dev_set}"]')
+    TrainingRun(make_settings(corpus, tmp_path / "run", *mine), _ALONE)
+    assert "all is said by me" in caplog.text
+
+
+def test_speakers_that_are_held_out_may_be_developed_on(corpus: TinyCorpus, tmp_path: Path) -> None:
+    both = f'data.train=["{corpus.train}","{corpus.dev}"]'
+    speakers = {json.loads(line)["speaker"] for line in corpus.dev.read_text().splitlines()}
+    held_out = f"data.held_out_speakers={json.dumps(sorted(speakers))}"
+    run = TrainingRun(make_settings(corpus, tmp_path / "run", both, held_out), _ALONE)
+    assert not speakers & {cut.supervisions[0].speaker for cut in run.corpus.cuts}
+
+
+def test_run_refuses_other_data_in_its_folder(corpus: TinyCorpus, tmp_path: Path) -> None:
+    train(make_settings(corpus, tmp_path / "run", "optimiser.n_epochs=1"))
+    rows = [json.loads(line) for line in corpus.train.read_text().splitlines()]
+    rows[0]["text"] = "bad bad bad"
+    for row in rows:
+        row["audio_filepath"] = str(corpus.train.parent / row["audio_filepath"])
+    other = write_manifest(tmp_path / "other.jsonl", rows)
+    with pytest.raises(TrainingError, match="on other utterances or transcripts"):
+        train(make_settings(corpus, tmp_path / "run", f'data.train=["{other}"]'))
+
+
+def test_run_refuses_other_batches_inside_a_pass(
+    corpus: TinyCorpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _stop_after(monkeypatch, 1)
+    train(make_settings(corpus, tmp_path / "run", "optimiser.batch_s=6.0"))
+    with pytest.raises(TrainingError, match=r"inside a pass .* optimiser\.batch_s 6\.0"):
+        train(make_settings(corpus, tmp_path / "run", "optimiser.batch_s=12.0"))
+
+
+def test_average_of_few_steps_follows_them() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    averaged = average_model(model, 0.999)
+    for step in range(50):
+        model.weight.data.fill_(step)
+        averaged.update_parameters(model)
+    (weight,) = averaged.module.parameters()
+    assert 40 < weight.item() < 49
+
+
+def test_run_gives_up_where_no_gradient_is_finite() -> None:
+    guard, broken = GradientGuard(), torch.tensor(math.nan)
+    assert not any(guard.allows(broken, step=i) for i in range(50))
+    assert guard.allows(torch.tensor(1.0), step=50)
+    assert not any(guard.allows(broken, step=i) for i in range(99))
+    with pytest.raises(TrainingError, match=r"100 steps in a row.*learning_rate"):
+        guard.allows(broken, step=99)
+
+
+@pytest.mark.parametrize("setting", ["run.initial_checkpoint", "data.aligner"])
+def test_checkpoint_of_another_kind_is_refused(
+    corpus: TinyCorpus, tmp_path: Path, setting: str
+) -> None:
+    checkpoint = make_checkpoint(make_model(), make_settings(corpus, tmp_path / "old"))
+    weights = {"embedding": torch.zeros(2)}
+    save_checkpoint(replace(checkpoint, averaged=weights), tmp_path / "other.pt")
+    settings = make_settings(corpus, tmp_path / "run", f'{setting}="{tmp_path / "other.pt"}"')
+    with pytest.raises(TrainingError, match=r"other\.pt is a checkpoint of another kind"):
+        TrainingRun(settings, _ALONE)
+
+
 def test_train_refuses_settings_that_leave_nothing(corpus: TinyCorpus, tmp_path: Path) -> None:
     settings = make_settings(corpus, tmp_path / "run", "data.shortest_s=15.0")
     with pytest.raises(TrainingError, match="no utterance is left"):
@@ -450,11 +521,11 @@ def test_fine_tuning_takes_the_shape_of_its_checkpoint(corpus: TinyCorpus, tmp_p
         f"[optimiser]\nn_epochs = 1\n"
         f'[run]\ndirectory = "{tmp_path / "run"}"\ninitial_checkpoint = "{initial}"\n'
     )
-    run_task(recipe)
+    run_task(recipe, ["model.dropout=0.3"])
     found = load_checkpoint(tmp_path / "run" / "last.pt").settings
-    assert found["model"] == old.model_dump(mode="json")["model"]
+    assert found["model"] == {**old.model_dump(mode="json")["model"], "dropout": 0.3}
     assert found["features"] == old.model_dump(mode="json")["features"]
-    with pytest.raises(TrainingError, match="another model"):
+    with pytest.raises(TrainingError, match=r"another model.*hidden_size is 24 there and 32 here"):
         run_task(recipe, ["model.hidden_size=32", f'run.directory="{tmp_path / "other"}"'])
 
 
@@ -546,7 +617,7 @@ def test_step_averages_the_weights(run: TrainingRun) -> None:
     _assert_same({n: p.data for n, p in averaged.items()}, first)
     run.step(batch, n_batches=1)
     for name, parameter in run.model.named_parameters():
-        expected = 0.5 * first[name] + 0.5 * parameter
+        expected = 2 / 11 * first[name] + 9 / 11 * parameter  # young averages forget fast
         torch.testing.assert_close(averaged[name], expected, msg=name)
         assert not torch.equal(first[name], parameter), name
 
@@ -840,6 +911,27 @@ def test_batch_that_is_masked_whole_trains_the_token_head_alone() -> None:
     assert losses.combine(0.5).item() == pytest.approx(0.5 * losses.token_nll.item() / 6)
 
 
+def test_phones_that_do_not_fit_train_nothing() -> None:
+    tokens, phones, lengths, batch = _make_loss_inputs()
+    phones.requires_grad_()
+    trigram = torch.full((6, 6, 6), 1 / 6)
+    too_many = torch.full((len(lengths), int(lengths.max())), 3)  # equal ones need blanks between
+    losses = compute_losses(
+        tokens,
+        phones,
+        lengths,
+        tokens=batch.tokens,
+        token_lengths=batch.token_lengths,
+        phones=too_many,
+        phone_lengths=lengths,
+        trigram=trigram,
+    )
+    losses.phone_nll.backward()
+    assert float(losses.phone_nll.detach()) == 0.0
+    assert phones.grad is not None
+    assert not phones.grad.any()
+
+
 def test_blank_share_counts_the_frames_inside() -> None:
     _, phone_logits, lengths, batch = _make_loss_inputs()
     token_logits = torch.zeros(3, 12, 8)
@@ -957,6 +1049,12 @@ def test_failing_save_keeps_the_old_checkpoint(uninterrupted: Path, tmp_path: Pa
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(replace(checkpoint, optimiser={"x": lambda: 0}), tmp_path / "last.pt")
     assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_save_that_cannot_be_written_is_named(uninterrupted: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(uninterrupted / "last.pt")
+    with pytest.raises(TrainingError, match=r"cannot write .*gone/last\.pt.*make room"):
+        save_checkpoint(checkpoint, tmp_path / "gone" / "last.pt")
 
 
 def test_load_checkpoint_names_a_missing_file(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from lhotse.testing.dummies import dummy_cut, dummy_supervision
 from tiny import FRAMES_PER_S, N_MELS, SAMPLE_RATE, TEXTS, say, write_manifest, write_recordings
 from torch.nn.functional import ctc_loss
 
-from service.errors import ManifestError, TrainingError
+from service.errors import AudioError, ManifestError, TrainingError
 from service.features import FeatureSettings, log_mel
 from service.text import BLANK_TOKEN, CHARACTERS, decode, encode
 from training import feature_store
@@ -264,8 +264,19 @@ def test_read_cuts_names_the_corpora_there_are(tmp_path: Path) -> None:
 def test_read_cuts_refuses_a_recording_listed_twice(tmp_path: Path) -> None:
     rows = write_recordings(tmp_path, ["bad"], speaker="anna")
     manifest = write_manifest(tmp_path / "train.jsonl", rows)
-    with pytest.raises(TrainingError, match="share an audio_filepath"):
+    with pytest.raises(TrainingError, match=r"anna-0\.wav is listed 2 times"):
         read_cuts([manifest, manifest])
+
+
+def test_read_cuts_takes_equal_names_of_different_folders(tmp_path: Path) -> None:
+    manifests = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        rows = write_recordings(tmp_path / name, ["bad"], speaker="anna")
+        short = [{**row, "audio_filepath": Path(str(row["audio_filepath"])).name} for row in rows]
+        manifests.append(write_manifest(tmp_path / name / "train.jsonl", short))
+    ids = [cut.id for cut in read_cuts(manifests)]
+    assert ids == [str(tmp_path / name / "anna-0.wav") for name in ("one", "two")]
 
 
 def test_read_cuts_refuses_missing_audio(tmp_path: Path) -> None:
@@ -380,6 +391,39 @@ def test_store_name_depends_on_recordings_settings_and_speed(stored: _Stored) ->
     assert name(stored.cuts, 1.0, FeatureSettings(n_mels=N_MELS)) in names
 
 
+def _store_one(path: Path, samples: npt.NDArray[np.float32]) -> FeatureStore:
+    soundfile.write(path, samples, SAMPLE_RATE, subtype="FLOAT" if path.suffix == ".wav" else None)
+    manifest = write_manifest(
+        path.with_suffix(".jsonl"), [{"audio_filepath": str(path), "text": "bad"}]
+    )
+    cuts = read_cuts([manifest])
+    if path.suffix == ".flac":
+        path.write_bytes(path.read_bytes()[:-2000])  # after its header was read
+    return store_features(
+        cuts, speed=1.0, settings=_SETTINGS, cache=path.parent / "features", n_jobs=1
+    )
+
+
+def test_audio_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AudioError, match=r"cannot decode .*broken\.flac"):
+        _store_one(tmp_path / "broken.flac", say("bad cab dead bee"))
+
+
+def test_samples_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    samples = say("bad cab")
+    samples[100] = np.nan
+    with pytest.raises(AudioError, match=r"loud\.wav holds samples that are no numbers"):
+        _store_one(tmp_path / "loud.wav", samples)
+
+
+def test_a_recording_that_changed_in_place_is_computed_anew(tmp_path: Path) -> None:
+    path = tmp_path / "take.wav"
+    first = _store_one(path, say("bad cab")).load(str(path))
+    second = _store_one(path, 0.1 * say("bad cab")).load(str(path))
+    assert first.shape == second.shape
+    assert float((first - second).mean()) == pytest.approx(2 * np.log(10), abs=0.2)
+
+
 def _write_part(
     folder: Path, part: int, features: dict[str, npt.NDArray[np.float32]]
 ) -> FeatureStore:
@@ -396,9 +440,10 @@ def _write_part(
 def test_feature_store_holds_what_its_parts_hold(tmp_path: Path) -> None:
     _write_part(tmp_path, 0, {"a": np.full((3, 2), 1.0, np.float32)})
     store = _write_part(tmp_path, 1, {"b": np.zeros((0, 2), np.float32)})
-    assert "a" in store
-    assert "b" in store
-    assert "c" not in store
+    assert len(store.load("a"))
+    assert store.load("b").shape == (0, 2)
+    with pytest.raises(KeyError):
+        store.load("c")
     assert store.load("a").tolist() == [[1.0, 1.0]] * 3
     assert store.load("b").shape == (0, 2)
 

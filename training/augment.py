@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -13,6 +14,7 @@ from training.data import Batch
 from training.noise import add_noise, narrow, reverberate
 
 _TELEPHONE_HZ: Final = (300.0, 3700.0)
+_LOG_ENERGY_PER_DB: Final = math.log(10) / 10
 
 
 class Augmentation:
@@ -153,10 +155,9 @@ def shift_level(features: Tensor, *, level_db: float, tilt_db: float) -> Tensor:
         A shifted copy, same shape; one draw an utterance.
     """
     n_utterances, _, n_mels = features.shape
-    nepers_per_db = 0.2302585  # log energies are natural: ln(10) / 10 each decibel of power
-    level = torch.randn(n_utterances, 1, 1) * level_db * nepers_per_db
+    level = torch.randn(n_utterances, 1, 1) * level_db * _LOG_ENERGY_PER_DB
     slope = torch.linspace(-0.5, 0.5, n_mels) * torch.randn(n_utterances, 1, 1) * tilt_db
-    return features + (level + slope * nepers_per_db).to(features.device)
+    return features + (level + slope * _LOG_ENERGY_PER_DB).to(features.device)
 
 
 def _draw(highest: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from pydantic import BaseModel
 
 from service.errors import TrainingError
 from training.model import AcousticModel
@@ -51,15 +52,28 @@ class Checkpoint:
     """The weights being trained; None in a weights-only checkpoint."""
     optimiser: State | None = None
     """Optimiser state; None in a weights-only checkpoint."""
+    data: State = field(default_factory=dict)
+    """What decides the batches of a pass; empty where that is not watched."""
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint so that `path` always holds a whole one."""
+    """Write a checkpoint so that `path` always holds a whole one.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
     unfinished = path.with_suffix(".unfinished")
     fields = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     fields["progress"] = asdict(checkpoint.progress)
-    torch.save({"format_version": FORMAT_VERSION, **fields}, unfinished)
-    unfinished.replace(path)
+    try:
+        torch.save({"format_version": FORMAT_VERSION, **fields}, unfinished)
+        unfinished.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as the latter
+        unfinished.unlink(missing_ok=True)
+        raise TrainingError(
+            f"cannot write {path}: {error}; make room or choose another folder, then start again: "
+            "the run goes on from the last checkpoint that was written"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -103,6 +117,30 @@ def save_weights(checkpoint: Checkpoint, path: Path) -> None:
             progress=checkpoint.progress,
         ),
         path,
+    )
+
+
+def load_acoustic_checkpoint(path: Path) -> Checkpoint:
+    """Read the checkpoint of an acoustic model; see `load_checkpoint`.
+
+    Raises:
+        TrainingError: as `load_checkpoint`, or it is of another kind of model.
+    """
+    checkpoint = load_checkpoint(path)
+    if "feature_mean" not in checkpoint.averaged:
+        raise TrainingError(
+            f"{path} is a checkpoint of another kind of model; expected one of an acoustic model"
+        )
+    return checkpoint
+
+
+def describe_difference(checkpoint: Checkpoint, model: BaseModel) -> str:
+    """Where a checkpoint's model settings differ from others: `name` there, not here."""
+    held, asked = checkpoint.settings["model"], model.model_dump(mode="json")
+    return ", ".join(
+        f"{name} is {held[name]} there and {asked[name]} here"
+        for name in asked
+        if name in held and held[name] != asked[name]
     )
 
 

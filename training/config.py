@@ -6,12 +6,14 @@ value is refused before anything is loaded.
 
 from __future__ import annotations
 
+import reprlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from service.errors import TrainingError
 from service.features import FeatureSettings
@@ -24,6 +26,7 @@ else:
 
 
 _Frames = Annotated[int, Field(ge=1)]
+_Speed = Annotated[float, Field(gt=0)]
 
 
 class Settings(BaseModel):
@@ -35,9 +38,9 @@ class Settings(BaseModel):
 class DataSettings(Settings):
     """What is trained on."""
 
-    train: tuple[Path, ...]
+    train: tuple[Path, ...] = Field(min_length=1)
     """Manifests of the training set."""
-    dev: tuple[Path, ...]
+    dev: tuple[Path, ...] = Field(min_length=1)
     """Manifests of the development set; its speakers must not be in the training set."""
     corpora: tuple[str, ...] = ()
     """Corpora of the training manifests that are used; none named means all."""
@@ -49,7 +52,7 @@ class DataSettings(Settings):
     """Longer training utterances are left out, seconds."""
     shortest_s: float = Field(default=0.3, ge=0)
     """Shorter training utterances are left out, seconds."""
-    speeds: tuple[float, ...] = (0.9, 1.0, 1.1)
+    speeds: tuple[_Speed, ...] = Field(default=(0.9, 1.0, 1.1), min_length=1)
     """Speed perturbation: each pass plays an utterance at one of these, drawn at random."""
     n_pieces: int | None = Field(default=None, ge=0)
     """Pieces of words that the token head writes, chosen on the training transcripts; 0 writes
@@ -196,7 +199,8 @@ class RunSettings(Settings):
     seed: int = 1
     """Seed of every random draw."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` times one step in each type and takes the faster."""
+    """`auto` times one step in each type and takes the faster, at every start, as the machine may
+    be another; a run equals an uninterrupted one where both chose the same."""
     n_threads: int = Field(default=0, ge=0)
     """Threads of one process; 0 leaves it to torch."""
     checkpoint_every_s: float = Field(default=120.0, ge=0)
@@ -267,9 +271,18 @@ def validate(kind: type[_AnySettings], tree: dict[str, Any], path: Path) -> _Any
         return kind.model_validate(tree)
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()
+            f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}{_describe_input(e)}"
+            for e in error.errors()
         )
         raise TrainingError(f"the settings of {path} do not fit: {problems}") from error
+
+
+def _describe_input(error: ErrorDetails) -> str:
+    """What arrived instead, and how a list is written."""
+    if error["type"] == "missing":
+        return ""
+    listed = "; write it as a list: [...]" if error["type"] == "tuple_type" else ""
+    return f", not {reprlib.repr(error['input'])}{listed}"
 
 
 def _apply(override: str, tree: dict[str, Any]) -> None:

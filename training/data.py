@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import signal
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -108,8 +109,10 @@ class Batch:
 def read_cuts(manifests: Sequence[Path], *, corpora: Sequence[str] = ()) -> CutSet:
     """Read manifests as lhotse cuts, each with one supervision.
 
+    An id is the `audio_filepath`, and where two manifests have the same one, the whole path.
+
     Raises:
-        TrainingError: no utterance is left, two share an id, or a recording cannot be opened.
+        TrainingError: no utterance is left, one is listed twice, or a recording cannot be opened.
     """
     utterances = [u for manifest in manifests for u in read_manifest(manifest)]
     chosen = [u for u in utterances if not corpora or u.corpus in corpora]
@@ -118,28 +121,37 @@ def read_cuts(manifests: Sequence[Path], *, corpora: Sequence[str] = ()) -> CutS
             f"no utterances of the corpora {list(corpora) or 'any'} in "
             f"{[str(m) for m in manifests]}; they have {sorted({u.corpus for u in utterances})}"
         )
-    if len({u.name for u in chosen}) < len(chosen):
-        raise TrainingError("two utterances share an audio_filepath; list each recording once")
-    return CutSet.from_cuts(_to_cut(u) for u in chosen)
+    n_named = Counter(u.name for u in chosen)
+    ids = [u.name if n_named[u.name] == 1 else str(u.audio_path) for u in chosen]
+    for utterance_id, n in Counter(ids).items():
+        if n > 1:
+            raise TrainingError(
+                f"{utterance_id} is listed {n} times in {[str(m) for m in manifests]}; list each "
+                "recording once"
+            )
+    return CutSet.from_cuts(_to_cut(u, i) for u, i in zip(chosen, ids, strict=True))
 
 
-def _to_cut(utterance: Utterance) -> MonoCut:
+def _to_cut(utterance: Utterance, utterance_id: str) -> MonoCut:
     if utterance.text is None:
         raise TrainingError(f"{utterance.name} has no text; training needs a transcript")
     try:
         info = soundfile.info(str(utterance.audio_path))
-    except soundfile.LibsndfileError as error:
-        raise TrainingError(f"cannot open {utterance.audio_path}: {error}") from error
+    except (soundfile.LibsndfileError, TypeError) as error:  # the latter for raw samples
+        raise TrainingError(
+            f"cannot open {utterance.audio_path}: {error} Paths are relative to the manifest; "
+            "`voxgate prepare folder` leaves out what cannot be read."
+        ) from error
     recording = Recording(
-        id=utterance.name,
+        id=utterance_id,
         sources=[AudioSource(type="file", channels=[0], source=str(utterance.audio_path))],
         sampling_rate=info.samplerate,
         num_samples=info.frames,
         duration=info.frames / info.samplerate,
     )
     supervision = SupervisionSegment(
-        id=utterance.name,
-        recording_id=utterance.name,
+        id=utterance_id,
+        recording_id=utterance_id,
         start=0.0,
         duration=recording.duration,
         text=normalise(utterance.text),
@@ -147,7 +159,7 @@ def _to_cut(utterance: Utterance) -> MonoCut:
         custom={"corpus": utterance.corpus},
     )
     return MonoCut(
-        id=utterance.name,
+        id=utterance_id,
         start=0.0,
         duration=recording.duration,
         channel=0,
@@ -215,7 +227,7 @@ def make_labels(
     return labels, report
 
 
-def frames_needed(label_ids: Sequence[int]) -> int:
+def frames_needed(label_ids: Sequence[object]) -> int:
     """Fewest frames in which CTC can emit the labels: one each, one more between equal ones."""
     return len(label_ids) + sum(a == b for a, b in pairwise(label_ids))
 

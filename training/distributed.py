@@ -6,13 +6,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from datetime import timedelta
+from typing import Final, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+_LONGEST_WAIT: Final = timedelta(days=2)  # the others wait while process 0 computes all features
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def join_world() -> Iterator[World]:
     if size == 1:
         yield World(rank=0, size=1, device=device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_LONGEST_WAIT)
     try:
         yield World(rank=rank, size=size, device=device)
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from service.audio import resample
+from service.errors import AudioError
 from service.features import FeatureSettings, log_mel
 
 _PART_CUTS: Final = 250
@@ -40,9 +42,6 @@ class FeatureStore:
             for utterance_id, (first, n_frames) in json.loads(index.read_text()).items():
                 self._places[utterance_id] = (int(index.stem), first, n_frames)
         self._frames: dict[int, npt.NDArray[np.float16]] = {}
-
-    def __contains__(self, utterance_id: str) -> bool:
-        return utterance_id in self._places
 
     def load(self, utterance_id: str) -> Tensor:
         """Log-mel energies of one utterance, float32, (time, mel)."""
@@ -75,6 +74,9 @@ def store_features(
         settings: the feature definition.
         cache: folder that holds the stores.
         n_jobs: processes to use.
+
+    Raises:
+        AudioError: a recording cannot be decoded, or holds samples that are no numbers.
     """
     folder = cache / _store_name(cuts, speed=speed, settings=settings)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,24 +98,37 @@ def _store_part(folder: Path, settings: FeatureSettings, part: int, cuts: list[M
     blocks: list[npt.NDArray[np.float16]] = []
     first = 0
     for cut in cuts:
-        played = np.asarray(cut.load_audio(), dtype=np.float32).mean(axis=0)
-        waveform = resample(played, cut.sampling_rate, settings.sample_rate)
+        waveform = resample(_play(cut), cut.sampling_rate, settings.sample_rate)
         frames = log_mel(waveform, settings).astype(np.float16)
         index[cut.id] = (first, len(frames))
         blocks.append(frames)
         first += len(frames)
-    unfinished = folder / f"{part}.unfinished.npy"
-    np.save(unfinished, np.concatenate(blocks))
-    unfinished.rename(folder / f"{part}.npy")
-    unfinished_index = folder / f"{part}.unfinished"
-    unfinished_index.write_text(json.dumps(index))
-    unfinished_index.rename(folder / f"{part}.json")
+    own = f"{part}.{os.getpid()}.unfinished"  # another run may compute the same
+    np.save(folder / f"{own}.npy", np.concatenate(blocks))
+    (folder / f"{own}.npy").replace(folder / f"{part}.npy")
+    (folder / own).write_text(json.dumps(index))
+    (folder / own).replace(folder / f"{part}.json")
+
+
+def _play(cut: MonoCut) -> npt.NDArray[np.float32]:
+    """The samples of a cut at its speed, mono, float32, (time,)."""
+    source = cut.recording.sources[0].source
+    try:
+        played: npt.NDArray[np.float32] = np.asarray(cut.load_audio(), np.float32).mean(axis=0)
+    except Exception as error:  # lhotse raises what the damaged bytes provoke
+        raise AudioError(
+            f"cannot decode {source}: {error}; `voxgate prepare folder` leaves out such recordings"
+        ) from error
+    if not np.isfinite(played).all():
+        raise AudioError(f"{source} holds samples that are no numbers; record or convert it anew")
+    return played
 
 
 def _store_name(cuts: CutSet, *, speed: float, settings: FeatureSettings) -> str:
     digest = hashlib.sha256(settings.model_dump_json().encode())
     for cut in cuts:
         source = Path(cut.recording.sources[0].source).resolve()
-        n_bytes = source.stat().st_size
-        digest.update(f"{cut.id} {source} {n_bytes} {cut.recording.num_samples}\n".encode())
+        found = source.stat()
+        known = (cut.id, source, found.st_size, found.st_mtime_ns, cut.recording.num_samples)
+        digest.update(f"{known}\n".encode())
     return f"{digest.hexdigest()[:16]}-{speed}"

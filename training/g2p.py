@@ -16,7 +16,6 @@ import random
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +27,7 @@ from service.errors import TrainingError
 from service.g2p import Pronouncer
 from service.text import LETTERS, collapse
 from training.checkpoint import load_checkpoint
+from training.data import frames_needed
 from training.lexicon import PHONES, Dictionary, load_dictionary
 from training.model import RecurrentLayer, reversal_index
 from training.schedule import learning_rate as rate_of_step
@@ -148,7 +148,7 @@ def make_examples(words: Sequence[str], *, dictionary: Dictionary, n_repeats: in
         Example(_encode(word), torch.tensor([phone_ids[phone] for phone in phones]))
         for word in words
         for phones in dictionary[word]
-        if _frames_needed(phones) <= n_repeats * len(word)
+        if frames_needed(phones) <= n_repeats * len(word)
     ]
 
 
@@ -415,8 +415,3 @@ def _pad(letters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Words as (batch, letter), and their lengths, (batch,)."""
     lengths = torch.tensor([len(word) for word in letters])
     return pad_sequence(list(letters), batch_first=True), lengths
-
-
-def _frames_needed(phones: Sequence[str]) -> int:
-    """Frames of the shortest CTC path: one a phone, and a blank between two that are equal."""
-    return len(phones) + sum(one == other for one, other in pairwise(phones))

@@ -77,7 +77,7 @@ def read_sentences(parts: Sequence[TextPart]) -> Iterator[str]:
     """
     for part in parts:
         try:
-            with _open(part.path) as lines:
+            with open_text(part.path) as lines:
                 for line in islice(lines, part.first_line - 1, part.last_line):
                     sentence = line.rstrip("\n")
                     if not _NORMALISED.fullmatch(sentence):
@@ -103,14 +103,23 @@ def make_pieces(counts: Counter[str], *, kind: PieceKind, n_pieces: int) -> Piec
         counts: words of the text.
         kind: pieces of words, or words.
         n_pieces: pieces wanted; fewer where the text has too few.
+
+    Raises:
+        InputError: there are too few words, or too few pieces for their letters.
     """
     if kind == "word":
         ranked = sorted((-n, word) for word, n in counts.items())
         return Pieces((SENTENCE_END, UNKNOWN, *(word for _, word in ranked[: n_pieces - 2])))
     rows = (f"{word}\t{n}" for word, n in sorted(counts.items()))
-    trained = learn_pieces(
-        rows, kind="unigram", n_pieces=n_pieces - 2, are_counts=True, may_be_fewer=True
-    )
+    try:
+        trained = learn_pieces(
+            rows, kind="unigram", n_pieces=n_pieces - 2, are_counts=True, may_be_fewer=True
+        )
+    except RuntimeError as error:
+        raise InputError(
+            f"{len(counts)} different words cannot be cut into {n_pieces} pieces; set "
+            f"data.n_pieces to another number, or train on more text: {error}"
+        ) from error
     ids = range(1, trained.get_piece_size())
     scores = [round(float(trained.get_score(i)), 5) for i in ids]
     return Pieces(
@@ -244,7 +253,8 @@ def _round_up(length: int) -> int:
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
-def _open(path: Path) -> IO[str]:
+def open_text(path: Path) -> IO[str]:
+    """The lines of a text: plain, .gz, .xz, or the different transcripts of a .jsonl manifest."""
     if path.suffix == ".jsonl":
         return io.StringIO("\n".join(read_transcripts(path)))
     if path.suffix == ".xz":

@@ -64,7 +64,7 @@ def compute_losses(
         tokens: token ids, int64, (batch, label), padded.
         token_lengths: int64, (batch,).
         phones: phone ids, int64, (batch, label), padded.
-        phone_lengths: int64, (batch,); 0 masks the utterance.
+        phone_lengths: int64, (batch,); 0 masks the utterance, as do more than fit its frames.
         trigram: of the phones, as `training.crf` estimates it: the phone head learns by CTC-CRF;
             None by CTC.
         ctc_share: what is added of CTC to CTC-CRF, which keeps it from drifting.
@@ -75,7 +75,7 @@ def compute_losses(
     """
     inside = torch.arange(token_logits.shape[1], device=lengths.device) < lengths.unsqueeze(1)
     blank = (token_logits.argmax(-1) == BLANK) & inside
-    said = phone_lengths > 0
+    said = (phone_lengths > 0) & _fit(phones, phone_lengths, lengths)
     phone_nll = phone_logits.sum() * 0.0
     if said.any():
         labels = lengths[said], phones[said], phone_lengths[said]
@@ -113,6 +113,13 @@ def ctc_nll(logits: Tensor, lengths: Tensor, labels: Tensor, label_lengths: Tens
     return ctc_loss(
         log_probs, labels, lengths, label_lengths, blank=BLANK, reduction="sum", zero_infinity=True
     )
+
+
+def _fit(labels: Tensor, label_lengths: Tensor, lengths: Tensor) -> Tensor:
+    """Whether labels have a CTC path: a frame each, one more between equal ones; bool, (batch,)."""
+    place = torch.arange(1, max(1, labels.shape[1]), device=lengths.device)
+    again = (labels[:, 1:] == labels[:, :-1]) & (place < label_lengths.unsqueeze(1))
+    return label_lengths + again.sum(1) <= lengths
 
 
 def _diverge(logits: Tensor, inside: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat, takewhile
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from tqdm import tqdm
 
@@ -25,6 +25,7 @@ from service.manifest import read_transcripts
 from service.text import normalise
 from training.arpa import compile_arpa
 from training.lexicon import load_dictionary
+from training.lm_text import open_text
 
 NGRAM_NAME: Final = "lm.ngram"
 BINARY_NAME: Final = "lm.binary"
@@ -180,18 +181,10 @@ def _write_corpus(lines: Iterable[str], corpus: Path) -> tuple[Counter[str], int
 def _read_lines(texts: Sequence[Path]) -> Iterator[str]:
     for path in texts:
         try:
-            with _open_text(path) as lines:
+            with open_text(path) as lines:
                 yield from lines
         except (OSError, EOFError, UnicodeDecodeError, lzma.LZMAError, zlib.error) as error:
             raise InputError(f"cannot read the text {path}: {error}") from error
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
 
 
 def _choose_words(counts: Counter[str], *, n_words: int | None, min_count: int) -> list[str]:

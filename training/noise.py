@@ -50,12 +50,14 @@ def add_noise(
     level = power.sum((1, 2)) / inside.sum((1, 2))
     tracks = power / level.clamp(min=1e-20)[:, None, None]
     babble = torch.zeros_like(power)
+    own = torch.arange(n_utterances, device=features.device)
     fewest = min(_FEWEST_VOICES, most_voices)  # of fewer, nobody can tell who is meant
     n_voices = torch.randint(fewest, most_voices + 1, (n_utterances,), device=features.device)
     for i in range(most_voices):
         order = torch.randperm(n_utterances, device=features.device)
         shift = int(torch.randint(n_frames, ()))
-        heard = (i < n_voices)[:, None, None]
+        other = order != own  # nobody babbles behind himself
+        heard = ((i < n_voices) & other)[:, None, None]
         babble += tracks[order].roll(shift, dims=1) * heard
     noises = torch.stack([_unit(babble, inside), _unit(_draw_coloured(features), inside)])
     kind = torch.rand(n_utterances, 1, 1, device=features.device)  # a third is a mixture

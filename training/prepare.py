@@ -539,7 +539,16 @@ def _split_cells(text: str) -> tuple[list[list[str]], str]:
     lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     separator = next((sign for sign in "\t|" if lines and sign in lines[0]), ",")
     if separator == ",":
-        return [row for row in csv.reader(io.StringIO(text, newline="")) if any(row)], separator
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        rows = []
+        for row in reader:
+            if any("\n" in cell for cell in row):
+                raise InputError(
+                    f"the cell that ends on line {reader.line_num} goes over several lines: a "
+                    "quotation mark before it is not closed"
+                )
+            rows += [row] if any(row) else []
+        return rows, separator
     return [line.split(separator) for line in lines], separator
 
 

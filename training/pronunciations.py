@@ -7,6 +7,7 @@ difference can say which it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from service.text import BLANK
-from training.checkpoint import load_checkpoint, load_model
+from training.checkpoint import load_acoustic_checkpoint, load_model
 from training.data import BatchStream, Labels
 
 Variants = Sequence[tuple[int, ...]]
@@ -44,7 +45,7 @@ def choose_all(
         aligner: checkpoint of the model whose phone head decides.
         stream: all batches of the utterances, at normal speed.
         variants: for each utterance the pronunciations of its words.
-        path: JSON file of the result.
+        path: JSON file of the result; worked out anew where it is of other words or weights.
 
     Returns:
         Phone ids by utterance; one that does not fit into its frames is left out.
@@ -52,9 +53,13 @@ def choose_all(
     Raises:
         TrainingError: the checkpoint cannot be read.
     """
-    if path.exists():
-        return {i: tuple(phones) for i, phones in json.loads(path.read_text()).items()}
-    model = load_model(load_checkpoint(aligner))
+    asked = {"words": hashlib.sha256(repr(sorted(variants.items())).encode()).hexdigest()}
+    if aligner.is_file():  # a run can go on without it
+        asked["aligner"] = hashlib.sha256(aligner.read_bytes()).hexdigest()
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if asked.items() <= found.items():
+        return {i: tuple(phones) for i, phones in found["phones"].items()}
+    model = load_model(load_acoustic_checkpoint(aligner))
     said: dict[str, tuple[int, ...]] = {}
     batches = tqdm(stream, "pronunciations", len(stream.plan()), unit="batch", mininterval=5.0)
     for batch in batches:
@@ -68,7 +73,7 @@ def choose_all(
             if spoken is not None:
                 said[utterance] = tuple(phone for word in spoken for phone in word.phones)
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(said))
+    unfinished.write_text(json.dumps({**asked, "phones": said}))
     unfinished.rename(path)
     return said
 

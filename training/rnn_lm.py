@@ -228,11 +228,7 @@ def load_language_model(path: Path) -> tuple[LanguageModel, Pieces]:
     Raises:
         TrainingError: the file is missing, damaged or no checkpoint of a language model.
     """
-    checkpoint = load_checkpoint(path)
-    if "piece_scores" not in checkpoint.settings:
-        raise TrainingError(
-            f"{path} is no checkpoint of a language model; name one that train_language_model wrote"
-        )
+    checkpoint = _load(path)
     pieces = _pieces_of(checkpoint)
     model = LanguageModel(len(pieces.names), **checkpoint.settings["model"])
     model.load_state_dict(checkpoint.averaged)
@@ -270,7 +266,7 @@ class _Run:
         settings.run.directory.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(settings.run.seed)
         initial = settings.run.initial_checkpoint
-        self.initial = None if initial is None else load_checkpoint(initial)
+        self.initial = None if initial is None else _load(initial)
         counts = count_words([text.part for text in settings.data.train])
         self.pieces = self._find_pieces(counts)
         words = {word for word, n in counts.items() if n >= settings.data.min_count}
@@ -320,7 +316,7 @@ class _Run:
         if self.initial is not None:
             return _pieces_of(self.initial)
         path = self.settings.run.directory / "pieces.json"
-        if path.exists():
+        if path.exists() and path.with_name(LAST).exists():
             return Pieces.from_metadata(json.loads(path.read_text(encoding="utf-8")))
         data = self.settings.data
         pieces = make_pieces(counts, kind=data.pieces, n_pieces=data.n_pieces)
@@ -437,6 +433,15 @@ class _Run:
         """The settings as plain data, with what the pieces need besides their names."""
         sections: State = self.settings.model_dump(mode="json", exclude={"run"})
         return {**sections, "piece_scores": list(self.pieces.scores)}
+
+
+def _load(path: Path) -> Checkpoint:
+    checkpoint = load_checkpoint(path)
+    if "piece_scores" not in checkpoint.settings:
+        raise TrainingError(
+            f"{path} is no checkpoint of a language model; name one that train_language_model wrote"
+        )
+    return checkpoint
 
 
 def _pieces_of(checkpoint: Checkpoint) -> Pieces:

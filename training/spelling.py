@@ -14,6 +14,7 @@ Text is cheap, so the layers see far more words than were ever recorded. A run l
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 import zlib
@@ -35,13 +36,19 @@ from service.errors import TrainingError
 from service.scoring import ErrorCounts
 from service.text import BLANK, CHARACTERS, collapse, decode, encode
 from training.augment import Augmentation
-from training.checkpoint import Progress, load_checkpoint, load_model
-from training.config import Settings, TrainingSettings
+from training.checkpoint import (
+    Checkpoint,
+    Progress,
+    describe_difference,
+    load_acoustic_checkpoint,
+    load_model,
+)
+from training.config import ModelSettings, Settings, TrainingSettings
 from training.corpus import EVALUATED_BATCH_S, Corpus, prepare_corpora
 from training.data import Batch
 from training.distributed import join_world
 from training.evaluation import errors_by_corpus
-from training.lexicon import PHONES, find_variants, parse_dictionary
+from training.lexicon import PHONES, find_variants, read_dictionary
 from training.lm_text import read_sentences
 from training.loss import ctc_nll
 from training.model import AcousticModel, Chunking
@@ -266,6 +273,7 @@ def train_spelling(settings: SpellingSettings) -> Path:
     with join_world() as world:
         if world.size > 1:
             raise TrainingError("spelling layers are trained by one process; leave out torchrun")
+        _refuse_another_shape(settings)
         train, dev = prepare_corpora(settings, world)
     run = _Run(settings, train, dev)
     while run.weights.progress.epoch < settings.optimiser.n_epochs:
@@ -275,19 +283,36 @@ def train_spelling(settings: SpellingSettings) -> Path:
     return settings.run.directory / BEST
 
 
+def _refuse_another_shape(settings: SpellingSettings) -> None:
+    assert settings.run.initial_checkpoint is not None
+    initial = load_acoustic_checkpoint(settings.run.initial_checkpoint)
+    held = ModelSettings.model_validate(initial.settings["model"])
+    free = {name: getattr(settings.model, name) for name in ("n_spelling_layers", "dropout")}
+    if held.model_copy(update=free) != settings.model:
+        differing = describe_difference(initial, settings.model)
+        raise TrainingError(
+            f"{settings.run.initial_checkpoint} has another shape than [model]: {differing}; only "
+            "n_spelling_layers and dropout may differ"
+        )
+
+
 class _Run:
     def __init__(self, settings: SpellingSettings, train: Corpus, dev: Corpus) -> None:
         self.settings, self.dev = settings, dev
         options = settings.optimiser
         assert settings.run.initial_checkpoint is not None
-        initial = load_checkpoint(settings.run.initial_checkpoint)
+        initial = load_acoustic_checkpoint(settings.run.initial_checkpoint)
         listener = load_model(initial)
         augment = Augmentation(settings.augment, settings.features, listener.feature_mean)
         readings: list[Chunking | None] = [None]
         if settings.streaming.share:
             readings.append(Chunking(*settings.streaming.chunkings[0]))
         hear_once = partial(
-            _hear_once, settings.run.directory, listener, precision=settings.run.precision
+            _hear_once,
+            settings.run.directory,
+            listener,
+            precision=settings.run.precision,
+            key=_describe_hearing(initial, settings),
         )
         self.hearings = [
             _Hearing(heard, Voice(heard), chunking)
@@ -297,7 +322,7 @@ class _Run:
         ]
         self.dev_heard = hear_once("dev", dev, augment=None, chunking=None)
         self.texts = train.texts
-        lexicon = parse_dictionary(settings.text.lexicon.read_text(encoding="utf-8"))
+        lexicon = read_dictionary(settings.text.lexicon)
         voices = [hearing.voice for hearing in self.hearings]
         variants = ((word, find_variants(word, lexicon)[0]) for word in lexicon)
         self.lexicon = {
@@ -465,6 +490,14 @@ class _Run:
             )
 
 
+def _describe_hearing(listener: Checkpoint, settings: SpellingSettings) -> str:
+    weights = hashlib.sha256()
+    for name, value in sorted(listener.averaged.items()):
+        weights.update(name.encode() + value.numpy().tobytes())
+    how = settings.augment.model_dump_json() + settings.features.model_dump_json()
+    return f"{weights.hexdigest()} {settings.data.speeds} {how}"
+
+
 def _hear_once(
     folder: Path,
     listener: AcousticModel,
@@ -474,12 +507,17 @@ def _hear_once(
     augment: Augmentation | None,
     chunking: Chunking | None,
     precision: str,
+    key: str,
 ) -> Heard:
-    """Hear a corpus; what was heard is kept in the folder, and found there the next time."""
+    """Hear a corpus; what was heard is kept in the folder, and found there the next time.
+
+    `key` says who listens and how; it and the utterances are in the file's name.
+    """
     way = "plain" if augment is None else "disturbed"
     reading = "whole" if chunking is None else f"{chunking.n_chunk}+{chunking.n_right}"
     name = f"heard-{part}-{way}-{reading}"
-    path = folder / f"{name}.npz"
+    words = hashlib.sha256(f"{key} {sorted(corpus.variants.items())}".encode())
+    path = folder / f"{name}-{words.hexdigest()[:12]}.npz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         seed = zlib.crc32(name.encode())  # each way has speeds of its own

@@ -33,14 +33,17 @@ def _train_acoustic_model(tree: dict[str, Any], path: Path) -> None:
 
 def _take_shape(tree: dict[str, Any]) -> dict[str, Any]:
     """The settings of a fine-tuning: what they do not say of the model is as it was."""
-    from training.checkpoint import load_checkpoint  # noqa: PLC0415
+    from training.checkpoint import load_acoustic_checkpoint  # noqa: PLC0415
 
     run = tree.get("run")
     initial = run.get("initial_checkpoint") if isinstance(run, dict) else None
-    if not isinstance(initial, str) or {"model", "features"} <= set(tree):
+    if not isinstance(initial, str):
         return tree
-    known = load_checkpoint(Path(initial)).settings
-    return {"model": known["model"], "features": known["features"], **tree}
+    known = load_acoustic_checkpoint(Path(initial)).settings
+    sections = {name: tree.get(name, {}) for name in ("model", "features")}
+    if not all(isinstance(section, dict) for section in sections.values()):
+        return tree  # which is refused for it
+    return {**tree, **{name: {**known[name], **section} for name, section in sections.items()}}
 
 
 def _train_language_model(tree: dict[str, Any], path: Path) -> None:

@@ -8,6 +8,7 @@ depend on the seed and the step alone, so the continuation equals an uninterrupt
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import random
@@ -20,7 +21,6 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
 from service.errors import TrainingError
@@ -30,7 +30,9 @@ from training.augment import Augmentation
 from training.checkpoint import (
     Checkpoint,
     Progress,
-    load_checkpoint,
+    State,
+    describe_difference,
+    load_acoustic_checkpoint,
     save_checkpoint,
 )
 from training.config import ModelSettings, StreamingSettings, TrainingSettings
@@ -45,6 +47,7 @@ from training.model import AcousticModel, Chunking
 from training.optimiser import Optimiser
 from training.precision import choose_precision, device_name
 from training.schedule import learning_rate
+from training.weights import GradientGuard, average_model
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +76,13 @@ class TrainingRun:
         self.directory = settings.run.directory
         self.directory.mkdir(parents=True, exist_ok=True)
         initial = settings.run.initial_checkpoint
-        self.initial = None if initial is None else load_checkpoint(initial)
+        self.initial = None if initial is None else load_acoustic_checkpoint(initial)
         inherited = self.initial.tokens if self.initial else CHARACTERS
         self.corpus, self.dev = prepare_corpora(settings, world, inherited=inherited)
         torch.manual_seed(settings.run.seed)
         self.model = self._new_model().to(world.device)
-        self.averaged = AveragedModel(
-            self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.optimiser.average_decay)
-        )
+        self.averaged = average_model(self.model, settings.optimiser.average_decay)
+        self.guard = GradientGuard()
         self.optimiser = Optimiser(self.model, settings.optimiser)
         self.progress = self._restore()
         self.augment = Augmentation(
@@ -104,11 +106,16 @@ class TrainingRun:
             f"{n_parameters / 1e6:.1f} M parameters, {self.corpus.hours:.1f} hours, "
             f"{options.n_epochs} passes, {self.world.size} process(es) on {device_name()}"
         )
+        if self.progress.epoch >= options.n_epochs:
+            self._say(
+                f"{self.directory} holds a run that has made its {options.n_epochs} passes; raise "
+                "optimiser.n_epochs to go on, or choose another run.directory"
+            )
         last_saved = time.monotonic()
+        meter = _Meter(n_epochs=options.n_epochs)
         while self.progress.epoch < options.n_epochs:
             stream = self.open_stream(first_batch=self.progress.batch)
             n_batches = len(stream.plan())
-            meter = _Meter(n_batches=n_batches, n_epochs=options.n_epochs)
             with load_batches(stream) as batches:
                 for batch in batches:
                     losses, norm = self.step(batch, n_batches=n_batches)
@@ -121,7 +128,7 @@ class TrainingRun:
                     )
                     meter.add(losses, norm=norm, audio_s=audio_s)
                     if meter.is_due() and writer is not None:
-                        self._say(meter.report(self.progress, writer))
+                        self._say(meter.report(self.progress, writer, n_batches=n_batches))
                     if self._agreed_to_stop():
                         self._save("last.pt")
                         self._say(f"stopped at step {self.progress.step}; start again to go on")
@@ -159,11 +166,9 @@ class TrainingRun:
         self.optimiser.zero_grad()
         shared.combine(options.phone_weight).backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
-        if torch.isfinite(norm):
+        if self.guard.allows(norm, step=self.progress.step):
             self.optimiser.step(rate)
             self.averaged.update_parameters(self.model)
-        else:
-            self._say(f"step {self.progress.step}: the gradient is not finite; step left out")
         return losses, float(norm)
 
     def _forward(
@@ -261,7 +266,8 @@ class TrainingRun:
             except RuntimeError as error:
                 raise TrainingError(
                     f"{self.settings.run.initial_checkpoint} holds another model than [model] "
-                    f"describes: {error}"
+                    f"describes: {describe_difference(self.initial, self.settings.model)}; leave "
+                    "[model] out to take its shape"
                 ) from error
         return model
 
@@ -280,7 +286,7 @@ class TrainingRun:
             if self.world.is_main:
                 (self.directory / "settings.json").write_text(json.dumps(plain, indent=2) + "\n")
             return Progress(audio_s=self.initial.progress.audio_s if self.initial else 0.0)
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_acoustic_checkpoint(path)
         held = ModelSettings.model_validate(checkpoint.settings["model"])
         held = held.model_copy(update={"dropout": self.settings.model.dropout})
         same_tokens = tuple(checkpoint.tokens) == tuple(self.corpus.tokens)
@@ -289,6 +295,7 @@ class TrainingRun:
                 f"{self.directory} holds a run of another model; "
                 "choose another run.directory or delete it"
             )
+        self._refuse_other_data(checkpoint)
         assert checkpoint.model is not None
         assert checkpoint.optimiser is not None
         self.model.load_state_dict(checkpoint.model)
@@ -297,6 +304,32 @@ class TrainingRun:
         self.optimiser.load_state_dict(checkpoint.optimiser)
         self._say(f"going on at pass {checkpoint.progress.epoch}, step {checkpoint.progress.step}")
         return checkpoint.progress
+
+    def _refuse_other_data(self, checkpoint: Checkpoint) -> None:
+        """Let a run go on with its own data only; within a pass also with the same batches."""
+        held, asked = checkpoint.data, self._describe_data()
+        differing = [name for name in asked if held and held[name] != asked[name]]
+        if "utterances" in differing:
+            raise TrainingError(
+                f"{self.directory} holds a run on other utterances or transcripts; choose another "
+                "run.directory (run.initial_checkpoint can be that run's best.pt), or delete it"
+            )
+        if differing and checkpoint.progress.batch:
+            was = ", ".join(f"{name} {held[name]}" for name in differing)
+            raise TrainingError(
+                f"{self.directory} stopped inside a pass that was made with {was}; go on with "
+                "the same, it may change between passes"
+            )
+
+    def _describe_data(self) -> State:
+        """What decides which batches a pass has."""
+        labels = sorted((i, label.tokens) for i, label in self.corpus.labels.items())
+        return {
+            "utterances": hashlib.sha256(repr(labels).encode()).hexdigest(),
+            "optimiser.batch_s": self.settings.optimiser.batch_s,
+            "run.seed": self.settings.run.seed,
+            "processes": self.world.size,
+        }
 
     def _save(self, name: str) -> None:
         if not self.world.is_main:
@@ -309,6 +342,7 @@ class TrainingRun:
             progress=self.progress,
             model=self.model.state_dict(),
             optimiser=self.optimiser.state_dict(),
+            data=self._describe_data(),
         )
         save_checkpoint(checkpoint, self.directory / name)
 
@@ -358,10 +392,9 @@ class TrainingRun:
 
 
 class _Meter:
-    """Averages since the last report, and the pace of this pass."""
+    """Averages since the last report, and the pace."""
 
-    def __init__(self, *, n_batches: int, n_epochs: int) -> None:
-        self._n_batches = n_batches
+    def __init__(self, *, n_epochs: int) -> None:
         self._n_epochs = n_epochs
         self._reported = time.monotonic()
         self._reset()
@@ -383,7 +416,7 @@ class _Meter:
     def is_due(self) -> bool:
         return time.monotonic() - self._reported > _LOG_EVERY_S
 
-    def report(self, progress: Progress, writer: SummaryWriter) -> str:
+    def report(self, progress: Progress, writer: SummaryWriter, *, n_batches: int) -> str:
         """The progress line; also written to TensorBoard."""
         now = time.monotonic()
         elapsed_s = now - self._reported
@@ -392,13 +425,13 @@ class _Meter:
             writer.add_scalar(f"train/{name}", value, progress.step)
         pace = self._audio_s / elapsed_s
         writer.add_scalar("train/audio seconds per second", pace, progress.step)
-        passes_left = self._n_epochs - progress.epoch - progress.batch / self._n_batches
-        left_s = passes_left * self._n_batches * elapsed_s / self._n_steps
+        passes_left = self._n_epochs - progress.epoch - progress.batch / n_batches
+        left_s = passes_left * n_batches * elapsed_s / self._n_steps
         self._reported = now
         self._reset()
         return (
             f"pass {progress.epoch + 1}/{self._n_epochs} "
-            f"batch {progress.batch}/{self._n_batches} "
+            f"batch {progress.batch}/{n_batches} "
             f"loss {means['loss/token']:.3f} tokens {means['loss/phone']:.3f} phones, "
             f"blank {means['blank']:.0%}, gradient {means['gradient norm']:.2f}, "
             f"{pace:.0f} s of audio/s, {_clock(left_s)} left"

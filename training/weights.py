@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from service.errors import TrainingError
 from training.checkpoint import Checkpoint, Progress, State, load_checkpoint, save_checkpoint
 from training.precision import choose_precision
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LAST: Final = "last.pt"
 BEST: Final = "best.pt"
+_MOST_SKIPPED: Final = 100
 
 Model = TypeVar("Model", bound=nn.Module)
 Example = TypeVar("Example")
@@ -69,12 +71,12 @@ class Weights(Generic[Model]):
         self.progress = Progress()
         """How far the run is; `best_cer` has the lowest error that was told."""
         self._optimiser = optimiser
-        self._averaged = AveragedModel(model, avg_fn=self._average)
+        self._averaged = average_model(model, average_decay)
         self._settings = dict(settings)
         self._tokens, self._phones = list(tokens), list(phones)
         self._seed = seed
         self._clip_norm = clip_norm
-        self._average_decay = average_decay
+        self._guard = GradientGuard()
         self._checkpoint_every_s = checkpoint_every_s
         self._saved = time.monotonic()
         directory.mkdir(parents=True, exist_ok=True)
@@ -126,9 +128,10 @@ class Weights(Generic[Model]):
         loss = compute_loss()
         self._optimiser.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm, error_if_nonfinite=True)
-        self._optimiser.step()
-        self._averaged.update_parameters(self.model)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+        if self._guard.allows(norm, step=self.progress.step):
+            self._optimiser.step()
+            self._averaged.update_parameters(self.model)
         return loss.item()
 
     def advance(self) -> None:
@@ -199,11 +202,49 @@ class Weights(Generic[Model]):
         save_checkpoint(checkpoint, self.directory / name)
         self._saved = time.monotonic()
 
-    def _average(self, averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
-        """An exponential average that forgets faster while it is young."""
+
+def average_model(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of a model's weights that forgets faster while it is young.
+
+    Args:
+        model: the model.
+        decay: of a step, from about the (9 / (1 - `decay`))th on; before that it is smaller.
+    """
+
+    def average(averaged: Tensor, current: Tensor, n_averaged: Tensor | int) -> Tensor:
         n_steps = int(n_averaged)
-        decay = min(self._average_decay, (1 + n_steps) / (10 + n_steps))
-        return torch.lerp(averaged, current, 1 - decay)
+        return torch.lerp(averaged, current, 1 - min(decay, (1 + n_steps) / (10 + n_steps)))
+
+    return AveragedModel(model, avg_fn=average)
+
+
+class GradientGuard:
+    """Leaves out a step whose gradient is not finite, and gives up where none is."""
+
+    def __init__(self) -> None:
+        self._n_skipped = 0  # in a row
+
+    def allows(self, norm: Tensor, *, step: int) -> bool:
+        """Whether to take the step.
+
+        Args:
+            norm: of the gradient, scalar.
+            step: its number.
+
+        Raises:
+            TrainingError: so many steps in a row were left out that the run is broken.
+        """
+        if torch.isfinite(norm):
+            self._n_skipped = 0
+            return True
+        self._n_skipped += 1
+        if self._n_skipped == _MOST_SKIPPED:
+            raise TrainingError(
+                f"the gradients of {_MOST_SKIPPED} steps in a row are not finite; lower "
+                "optimiser.learning_rate, and go on from a checkpoint before it went wrong"
+            )
+        logger.warning("step %d: the gradient is not finite; step left out", step)
+        return False
 
 
 def draw_batches(
