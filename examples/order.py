@@ -8,10 +8,12 @@ Start a server first: `voxgate serve`. Without a file it listens to the micropho
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from service.client import read_pcm, start, stream_recognise
+from service.errors import VoxgateError
 from service.microphone import SAMPLE_RATE, record
 from service.pb.voxgate.v1 import speech_pb2 as pb
 
@@ -53,4 +55,7 @@ def act(result: pb.StreamingRecognitionResult) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except VoxgateError as error:
+        sys.exit(f"order: {error}")

@@ -44,6 +44,7 @@ _LOUDEST: Final = 1e6  # float samples beyond are no audio, and could overflow i
 _TEXT_BYTES: Final = 512
 _LARGEST_SAMPLE: Final = 32_767
 _LONGEST_HEADER_BYTES: Final = 1 << 20
+_SHORTAGE_S: Final = 0.1
 
 
 class Encoding(Enum):
@@ -282,7 +283,44 @@ def load_blocks(path: Path, *, target_rate: int) -> Iterator[FloatArray]:
 
 def load_audio(path: Path, *, target_rate: int) -> FloatArray:
     """Read a whole recording; see `load_blocks`."""
-    return np.concatenate([np.zeros(0, np.float32), *load_blocks(path, target_rate=target_rate)])
+    try:
+        blocks = list(load_blocks(path, target_rate=target_rate))
+    except AudioError as error:
+        if str(path) in str(error):
+            raise
+        raise AudioError(f"{path}: {error}") from error
+    return np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+def find_shortage(path: Path, decoded_s: float) -> str:
+    """What is to be said of a recording that holds less than its header promises; empty if none.
+
+    Args:
+        path: the recording.
+        decoded_s: audio that could be decoded, seconds.
+    """
+    try:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_HEADER_BYTES)
+        promised_s = _promised_s(data, path)
+    except (OSError, InputError, soundfile.LibsndfileError):
+        return ""
+    if promised_s is None or promised_s - decoded_s < _SHORTAGE_S:
+        return ""
+    return (
+        f"its header says {promised_s:.2f} s, but {decoded_s:.2f} s can be decoded; it may be "
+        "cut off: copy it again"
+    )
+
+
+def _promised_s(data: bytes, path: Path) -> float | None:
+    """Duration by the header, seconds; None where it says none."""
+    reader = _open_reader(data, AudioFormat(header_required=True), is_complete=True)
+    if isinstance(reader, _WavReader):
+        return reader.promised_s
+    return float(soundfile.info(str(path)).duration)
 
 
 def _read_pieces(path: Path) -> Iterator[bytes]:
@@ -369,7 +407,7 @@ class _PcmReader:
 
     def finish(self) -> Iterator[FloatArray]:
         if self._left:
-            logger.warning("the WAV ends %d bytes before its header says", self._left)
+            logger.debug("the WAV ends %d bytes before its header says", self._left)
         if self._rest:
             logger.warning("the audio ends inside a sample: %d bytes left out", len(self._rest))
         return iter(())
@@ -393,6 +431,10 @@ class _WavReader:
             sample_format=header.sample_format,
             n_bytes=header.data_bytes,
         )
+        self.promised_s = (
+            None if header.data_bytes is None else self._pcm.duration_s(header.data_bytes)
+        )
+        """Duration by the header, seconds; None where it says none."""
         self._to_skip = header.data_start
         self.is_open = True
         self.sample_rate = header.sample_rate

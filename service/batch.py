@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from service.audio import AUDIO_EXTENSIONS, Stopwatch, load_blocks
+from service.audio import AUDIO_EXTENSIONS, Stopwatch, find_shortage, load_blocks
 from service.decoding.hypothesis import Phrase
-from service.errors import AudioError
+from service.errors import AudioError, InputError
 from service.manifest import read_manifest
 from service.recogniser import DecoderName, Recogniser
 from service.transcript import Format, Transcript, write_as
@@ -36,20 +36,35 @@ class Outcome:
     job: Job
     transcript: Transcript | None
     error: str
+    warning: str = ""
+    """What is strange about the recording."""
 
 
 def find_jobs(paths: Sequence[Path], *, output: Path | None) -> list[Job]:
     """List the recordings that files, folders and manifests name.
 
     Folders are walked for known audio extensions; the output folder inside one is skipped.
-    Inputs whose transcripts would collide keep their extension.
+    A recording that is named twice is transcribed once. Inputs whose transcripts would collide
+    keep their extension, and where that does not help, their folders.
 
     Raises:
+        InputError: two recordings cannot have transcripts of their own.
         ManifestError: a manifest cannot be read.
     """
-    jobs = [job for path in paths for job in _expand(path, output)]
-    times = Counter(job.output_stem for job in jobs)
-    return [_keep_extension(job) if times[job.output_stem] > 1 else job for job in jobs]
+    found = {job.audio_path.resolve(): job for path in paths for job in _expand(path, output)}
+    jobs = list(found.values())
+    for rename in (_keep_extension, _keep_folders):
+        times = Counter(job.output_stem for job in jobs)
+        jobs = [rename(job) if times[job.output_stem] > 1 else job for job in jobs]
+    stems: dict[PurePosixPath, Job] = {}
+    for job in jobs:
+        other = stems.setdefault(job.output_stem, job)
+        if other is not job:
+            raise InputError(
+                f"{other.name} and {job.name} would both be written to {job.output_stem}; "
+                "transcribe them into folders of their own"
+            )
+    return jobs
 
 
 def run_jobs(
@@ -89,7 +104,8 @@ def run_jobs(
             )
         except AudioError as error:
             return Outcome(job, None, str(error))
-        return Outcome(job, Transcript(job.name, duration.seconds, segments), "")
+        transcript = Transcript(job.name, duration.seconds, segments)
+        return Outcome(job, transcript, "", find_shortage(job.audio_path, duration.seconds))
 
     with ThreadPoolExecutor(n_threads) as pool:
         waiting = iter(jobs)
@@ -120,6 +136,8 @@ def _expand(path: Path, output: Path | None) -> list[Job]:
             Job(u.audio_path, u.name, _inside(PurePosixPath(u.name)).with_suffix(""))
             for u in read_manifest(path)
         ]
+    if str(path) == "-":
+        return [Job(Path("/dev/stdin"), "-", PurePosixPath("stdin"))]
     if path.is_dir():
         return [
             Job(found, str(found), PurePosixPath(found.relative_to(path).with_suffix("")))
@@ -145,3 +163,7 @@ def _inside(name: PurePosixPath) -> PurePosixPath:
 def _keep_extension(job: Job) -> Job:
     extension = job.audio_path.suffix
     return replace(job, output_stem=job.output_stem.with_name(job.output_stem.name + extension))
+
+
+def _keep_folders(job: Job) -> Job:
+    return replace(job, output_stem=_inside(PurePosixPath(job.name)))

@@ -373,7 +373,8 @@ def read_config(model: type[_Config], folder: Path, kind: FolderKind) -> _Config
             f"{path} does not fit this version of Voxgate: {where}: {first['msg']}; {kind.fix}"
         ) from error
     for name, expected in files.items():
-        _check_file(folder, name, expected)
+        if name != MODEL_CARD:  # one may add to it
+            _check_file(folder, name, expected)
     return config
 
 

@@ -8,6 +8,7 @@ wrong use.
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -22,13 +23,14 @@ from typing import TYPE_CHECKING, Annotated, Final, NoReturn
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.bundle import BUNDLE_VARIABLE, find_bundle
 from service.errors import MissingExtraError, VoxgateError
 from service.processors import count_usable_processors
 
 if TYPE_CHECKING:
+    from service.batch import Job
     from service.evaluation import Evaluation
     from service.recogniser import DecoderName, Recogniser
     from training.prepare import Report
@@ -132,8 +134,32 @@ DomainOption = Annotated[
 ]
 AddressOption = Annotated[str, typer.Option("--address", metavar="H:P", help="The server.")]
 ApiKeyOption = Annotated[
-    str | None,
-    typer.Option("--api-key", envvar="VOXGATE_API_KEY", help="Where the server wants one."),
+    str,
+    typer.Option(
+        "--api-key", envvar="VOXGATE_API_KEY", metavar="KEY", help="Where the server wants one."
+    ),
+]
+TlsCaOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca", envvar="VOXGATE_TLS_CA", metavar="PEM", help="Speak TLS; who signed it."
+    ),
+]
+TlsNameOption = Annotated[
+    str,
+    typer.Option(
+        "--tls-name", envvar="VOXGATE_TLS_NAME", help="Name in the certificate, if not the host."
+    ),
+]
+ClientCertificateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-cert", envvar="VOXGATE_TLS_CERT", metavar="PEM", help="Where the server wants one."
+    ),
+]
+ClientKeyOption = Annotated[
+    Path | None,
+    typer.Option("--tls-key", envvar="VOXGATE_TLS_KEY", metavar="PEM", help="Of --tls-cert."),
 ]
 ThreadsOption = Annotated[
     int | None,
@@ -142,6 +168,23 @@ ThreadsOption = Annotated[
 ManifestsOption = Annotated[
     Path, typer.Option("--output", metavar="DIR", help="Gets the manifests.")
 ]
+
+
+def _print_version(wanted: bool) -> None:  # as typer calls it
+    if wanted:
+        sys.stdout.write(f"voxgate {importlib.metadata.version('voxgate')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _take_common_options(
+    *,
+    version: Annotated[  # its callback ends the program
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print and exit."),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -153,6 +196,8 @@ def main() -> None:
         _fail(str(error), status=2)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:  # a folder that cannot be written, a full disk
+        _fail(f"{error.filename or 'the output'}: {error.strerror or error}", status=2)
 
 
 @app.command()
@@ -180,19 +225,11 @@ def transcribe(
     threads: ThreadsOption = None,
 ) -> None:
     """Transcribe recordings."""
-    from service.batch import find_jobs, output_path, run_jobs, write_transcript  # noqa: PLC0415
+    from service.batch import output_path, run_jobs, write_transcript  # noqa: PLC0415
     from service.decoding.hypothesis import Phrase  # noqa: PLC0415
     from service.transcript import write_as  # noqa: PLC0415
 
-    jobs = find_jobs(paths, output=output)
-    if not jobs:
-        _fail(f"no recordings found in {', '.join(map(str, paths))}", status=2)
-    if resume and output is None:
-        _fail("--resume needs --output DIR, where it looks for finished transcripts", status=2)
-    if resume and output is not None:
-        todo = [j for j in jobs if not output_path(j, output, output_format.value).exists()]
-        _stderr.print(f"{len(jobs) - len(todo)} of {len(jobs)} transcripts exist already")
-        jobs = todo
+    jobs = _choose_jobs(paths, output, output_format, resume=resume)
     n_threads = threads or count_usable_processors()
     recogniser = _load(bundle, n_threads=1, decoder=decoder, domain=domain)
     phrases = [Phrase(text, boost_weight) for text in boost or []]
@@ -215,18 +252,48 @@ def transcribe(
             if outcome.transcript is None:
                 n_failed += 1
                 progress.console.print(f"{outcome.job.name}: {outcome.error}", style="red")
-            elif output is None:
+                continue
+            if outcome.warning:
+                progress.console.print(f"{outcome.job.name}: {outcome.warning}", style="yellow")
+            if output is None:
+                if len(jobs) > 1 and output_format is FormatChoice.txt:
+                    sys.stdout.write(f"{outcome.job.name}\t")
                 sys.stdout.write(write_as(outcome.transcript, output_format.value))
                 sys.stdout.flush()
             else:
                 target = output_path(outcome.job, output, output_format.value)
                 write_transcript(outcome.transcript, target, output_format.value)
-            audio_s += outcome.transcript.duration_s if outcome.transcript else 0.0
+            audio_s += outcome.transcript.duration_s
     _stderr.print(
         f"{len(jobs) - n_failed} transcribed ({audio_s:.1f} s of audio), {n_failed} failed"
     )
     if n_failed:
         raise typer.Exit(1)
+
+
+def _choose_jobs(
+    paths: Sequence[Path], output: Path | None, output_format: FormatChoice, *, resume: bool
+) -> list[Job]:
+    from service.batch import find_jobs, output_path  # noqa: PLC0415
+
+    jobs = find_jobs(paths, output=output)
+    if not jobs:
+        _fail(f"no recordings found in {', '.join(map(str, paths))}", status=2)
+    if output is None:
+        if resume:
+            _fail("--resume needs --output DIR, where it looks for finished transcripts", status=2)
+        if len(jobs) > 1 and output_format.value in ("srt", "vtt"):
+            _fail(
+                f"{len(jobs)} recordings would make one {output_format.value} of all; write a "
+                "file for each with --output DIR",
+                status=2,
+            )
+        return jobs
+    if not resume:
+        return jobs
+    todo = [j for j in jobs if not output_path(j, output, output_format.value).exists()]
+    _stderr.print(f"{len(jobs) - len(todo)} of {len(jobs)} transcripts exist already")
+    return todo
 
 
 @app.command()
@@ -254,6 +321,8 @@ def evaluate(
     utterances = read_manifest(manifest)
     if not utterances:
         _fail(f"{manifest} lists no recording", status=2)
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     n_threads = threads or count_usable_processors()
     recogniser = _load(bundle, n_threads=n_threads, decoder=decoder, domain=domain)
     if profile is not None and profile not in recogniser.profiles:
@@ -368,13 +437,12 @@ def serve(  # noqa: PLR0913  # every option is an argument
 ) -> None:
     """Serve voxgate.v1, Riva's and Google's APIs over gRPC, on one port."""
     from service.admission import Limits  # noqa: PLC0415
-    from service.observe import log_as_json  # noqa: PLC0415
+    from service.observe import log_to_stderr  # noqa: PLC0415
     from service.scheduler import default_batches  # noqa: PLC0415
     from service.server import MIB, ServerSettings, TlsFiles  # noqa: PLC0415
     from service.server import serve as run  # noqa: PLC0415
 
-    if log_format is LogFormatChoice.json:
-        log_as_json()
+    log_to_stderr(as_json=log_format is LogFormatChoice.json)
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca and not tls_cert):
         _fail("--tls-cert and --tls-key belong together, --tls-client-ca needs both", status=2)
     folders = bundle or ([] if models else [find_bundle(None)])
@@ -427,7 +495,7 @@ def serve(  # noqa: PLR0913  # every option is an argument
 
 
 @app.command()
-def stream(
+def stream(  # noqa: PLR0913  # every option is an argument
     source: Annotated[
         str, typer.Argument(metavar="FILE|-|mic", help="A recording, stdin, or the microphone.")
     ],
@@ -436,7 +504,18 @@ def stream(
     realtime: Annotated[
         bool, typer.Option("--realtime", help="Send a file no faster than it was spoken.")
     ] = False,
-    decoder: DecoderOption = DecoderChoice.beam,
+    api_key: ApiKeyOption = "",
+    tls_ca: TlsCaOption = None,
+    tls_name: TlsNameOption = "",
+    tls_cert: ClientCertificateOption = None,
+    tls_key: ClientKeyOption = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="As `models list` has it.")
+    ] = "",
+    decoder: Annotated[
+        DecoderChoice | None,
+        typer.Option("--decoder", help="How to search; default what the server does."),
+    ] = None,
     profile: Annotated[
         str, typer.Option("--profile", metavar="NAME", help="fast, balanced or offline.")
     ] = "",
@@ -458,6 +537,7 @@ def stream(
 ) -> None:
     """Stream a recording or the microphone to a server and print results as they come."""
     from service.client import (  # noqa: PLC0415
+        Server,
         pace,
         read_pcm,
         read_pieces,
@@ -468,13 +548,17 @@ def stream(
     from service.microphone import SAMPLE_RATE, record  # noqa: PLC0415
     from service.pb.voxgate.v1 import speech_pb2 as pb  # noqa: PLC0415
 
-    kind, _, search_tokens = decoder.name.upper().partition("_")
+    kind, _, search_tokens = decoder.name.upper().partition("_") if decoder else ("", "", "")
+    boosts = bool(boost and boost_weight)  # in the API 0 stands for the default
     recognition = pb.RecognitionConfig(
-        decoder=kind,
+        model=model,
+        decoder=kind or None,
         search_tokens=search_tokens or None,
         domain=domain,
-        speech_contexts=[pb.SpeechContext(phrases=boost, boost=boost_weight)] if boost else [],
+        speech_contexts=[pb.SpeechContext(phrases=boost, boost=boost_weight)] if boosts else [],
     )
+    if sample_rate and source != "-":
+        _fail(f"--rate is for raw samples on stdin; {source} says itself what it holds", status=2)
     if source == "-":
         recognition.sample_rate_hertz = sample_rate
         pieces = read_pieces(sys.stdin.buffer)
@@ -495,7 +579,8 @@ def stream(
         disable_second_pass=not second_pass,
         single_utterance=single_utterance,
     )
-    responses = stream_responses(address, pace(pieces) if realtime else pieces, config)
+    server = Server(address, api_key, tls_ca, tls_cert, tls_key, tls_name)
+    responses = stream_responses(server, pace(pieces) if realtime else pieces, config)
     try:
         print_responses(responses, sys.stdout)
     except KeyboardInterrupt:
@@ -506,11 +591,16 @@ def stream(
 def health(
     *,
     address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
+    tls_ca: TlsCaOption = None,
+    tls_name: TlsNameOption = "",
+    tls_cert: ClientCertificateOption = None,
+    tls_key: ClientKeyOption = None,
 ) -> None:
     """Ask a server whether it is serving; exit status 0 if it is, 1 if not."""
-    from service.client import check_health  # noqa: PLC0415
+    from service.client import Server, check_health  # noqa: PLC0415
 
-    is_serving = check_health(address)
+    server = Server(address, "", tls_ca, tls_cert, tls_key, tls_name)
+    is_serving = check_health(server, on_error=lambda reason: _stderr.print(reason, style="red"))
     sys.stdout.write("serving\n" if is_serving else "not serving\n")
     raise typer.Exit(0 if is_serving else 1)
 
@@ -723,6 +813,8 @@ def export(
     from export.bundle import export_bundle  # noqa: PLC0415
     from training.checkpoint import load_checkpoint, save_weights  # noqa: PLC0415
 
+    if weights is not None:
+        weights.parent.mkdir(parents=True, exist_ok=True)
     export_bundle(
         checkpoint,
         folder,
@@ -825,12 +917,18 @@ def lm_compile(
 
 @models_app.command("list")
 def models_list(
-    *, address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}", api_key: ApiKeyOption = None
+    *,
+    address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
+    api_key: ApiKeyOption = "",
+    tls_ca: TlsCaOption = None,
+    tls_name: TlsNameOption = "",
+    tls_cert: ClientCertificateOption = None,
+    tls_key: ClientKeyOption = None,
 ) -> None:
     """List the models that a server has loaded."""
-    from service.client import list_models  # noqa: PLC0415
+    from service.client import Server, list_models  # noqa: PLC0415
 
-    for model in list_models(address, api_key=api_key):
+    for model in list_models(Server(address, api_key, tls_ca, tls_cert, tls_key, tls_name)):
         profiles = ", ".join(
             f"{profile.name} ({profile.latency.ToMilliseconds()} ms)" for profile in model.profiles
         )
@@ -840,12 +938,18 @@ def models_list(
 
 @models_app.command("reload")
 def models_reload(
-    *, address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}", api_key: ApiKeyOption = None
+    *,
+    address: AddressOption = f"127.0.0.1:{DEFAULT_PORT}",
+    api_key: ApiKeyOption = "",
+    tls_ca: TlsCaOption = None,
+    tls_name: TlsNameOption = "",
+    tls_cert: ClientCertificateOption = None,
+    tls_key: ClientKeyOption = None,
 ) -> None:
     """Make a server load bundles that are new or changed; open streams end on the old ones."""
-    from service.client import reload_models  # noqa: PLC0415
+    from service.client import Server, reload_models  # noqa: PLC0415
 
-    changes = reload_models(address, api_key=api_key)
+    changes = reload_models(Server(address, api_key, tls_ca, tls_cert, tls_key, tls_name))
     sys.stdout.write("".join(f"{line}\n" for line in changes) or "nothing has changed\n")
 
 
@@ -913,7 +1017,7 @@ def bench_serve(  # noqa: PLR0913  # every option is an argument
     ] = 1,
     decoder: DecoderOption = DecoderChoice.beam,
     profile: Annotated[str, typer.Option("--profile", metavar="NAME")] = "balanced",
-    api_key: Annotated[str, typer.Option("--api-key", metavar="KEY")] = "",
+    api_key: ApiKeyOption = "",
     clients: Annotated[
         int, typer.Option("--clients", min=1, metavar="P", help="Processes that send.")
     ] = 1,
@@ -1110,16 +1214,17 @@ def _print_prepared(report: Report) -> None:
 def _print_evaluation(evaluation: Evaluation) -> None:
     from service.scoring import format_interval, pool  # noqa: PLC0415
 
-    table = Table("corpus", "words", "WER", "95 % by speaker", "CER", "sub", "del", "ins")
+    corpus = Column("corpus", overflow="fold")
+    table = Table(corpus, "words", "WER", "95 % by speaker", "CER", "sub", "del", "ins")
     everyone = list(evaluation.speakers.values())
     for name, by_speaker in [*evaluation.corpora.items(), ("total", everyone)]:
         counts = pool(by_speaker)
         table.add_row(
             name or "-",
             f"{counts.n_words}",
-            f"{counts.wer:.2%}",
-            format_interval(by_speaker),
-            f"{counts.cer:.2%}",
+            f"{counts.wer:.2%}" if counts.n_words else "-",
+            format_interval(by_speaker) if counts.n_words else "-",
+            f"{counts.cer:.2%}" if counts.n_words else "-",
             f"{counts.n_substitutions}",
             f"{counts.n_deletions}",
             f"{counts.n_insertions}",

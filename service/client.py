@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -23,81 +24,146 @@ _CONNECT_S: Final = 10.0
 _LOAD_S: Final = 120.0
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server, and how it is reached."""
+
+    address: str
+    """`host:port`."""
+    api_key: str = ""
+    """Where the server wants one."""
+    ca: Path | None = None
+    """PEM file of who signed the server's certificate; None speaks without TLS."""
+    certificate: Path | None = None
+    """PEM file of the client's own certificate, where the server wants one."""
+    key: Path | None = None
+    """PEM file of that certificate's key."""
+    name: str = ""
+    """The server's name in its certificate, where it is not that of the address."""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What every call carries."""
+        return (("x-api-key", self.api_key),) if self.api_key else ()
+
+    def open(self) -> grpc.Channel:
+        """A channel to the server; nothing is sent yet.
+
+        Raises:
+            ServerError: a PEM file cannot be read, or is named without `ca`.
+        """
+        if self.ca is None:
+            if self.certificate or self.key:
+                raise ServerError("a client's certificate needs TLS: name the server's CA as well")
+            return grpc.insecure_channel(self.address)
+        credentials = grpc.ssl_channel_credentials(
+            _read_pem(self.ca), _read_pem(self.key), _read_pem(self.certificate)
+        )
+        options = (("grpc.ssl_target_name_override", self.name),) if self.name else ()
+        return grpc.secure_channel(self.address, credentials, options)
+
+
+def _read_pem(path: Path | None) -> bytes | None:
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise ServerError(f"cannot read {path}: {error.strerror}; expected a PEM file") from error
+
+
 def stream_recognise(
-    address: str, pieces: Iterable[bytes], config: pb.StreamingRecognitionConfig
+    server: Server | str, pieces: Iterable[bytes], config: pb.StreamingRecognitionConfig
 ) -> Iterator[pb.StreamingRecognitionResult]:
     """`stream_responses`, but the results alone."""
-    for response in stream_responses(address, pieces, config):
+    for response in stream_responses(server, pieces, config):
         yield from response.results
 
 
 def stream_responses(
-    address: str, pieces: Iterable[bytes], config: pb.StreamingRecognitionConfig
+    server: Server | str, pieces: Iterable[bytes], config: pb.StreamingRecognitionConfig
 ) -> Iterator[pb.StreamingRecognizeResponse]:
     """Send pieces of audio as they come and yield the responses as they come.
 
     Args:
-        address: `host:port` of the server.
+        server: the server, or its `host:port` where that is all.
         pieces: audio bytes; consumed on another thread.
         config: the first request.
 
     Raises:
         ServerError: the server cannot be reached or ends the stream with an error.
     """
-    with grpc.insecure_channel(address) as channel:
+    server = _as_server(server)
+    with server.open() as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=_CONNECT_S)
         except grpc.FutureTimeoutError as error:
+            spoken = "without TLS, which it may want (--tls-ca)" if server.ca is None else "by TLS"
             raise ServerError(
-                f"no server answers at {address}; start one with `voxgate serve`"
+                f"no server answers at {server.address} {spoken}; start one with `voxgate serve`"
             ) from error
         responses = speech_pb2_grpc.SpeechStub(channel).StreamingRecognize(
-            _requests(pieces, config)
+            _requests(pieces, config), metadata=server.metadata
         )
         try:
             yield from responses
         except grpc.RpcError as error:
-            raise ServerError(f"{error.code().name}: {error.details()}") from error
+            raise _server_error(error) from error
 
 
-def list_models(address: str, *, api_key: str | None = None) -> list[pb.Model]:
-    """The models of the server at `host:port`.
-
-    Raises:
-        ServerError: it cannot be reached or refuses.
-    """
-    return list(_call(address, api_key, "ListModels", pb.ListModelsRequest()).models)
-
-
-def reload_models(address: str, *, api_key: str | None = None) -> list[str]:
-    """Make the server at `host:port` reload its models; sentences that say what it did.
+def list_models(server: Server | str) -> list[pb.Model]:
+    """The models of a server.
 
     Raises:
         ServerError: it cannot be reached or refuses.
     """
-    return list(_call(address, api_key, "ReloadModels", pb.ReloadModelsRequest()).changes)
+    return list(_call(server, "ListModels", pb.ListModelsRequest()).models)
 
 
-def _call(address: str, api_key: str | None, method: str, request: Message) -> Any:  # noqa: ANN401
-    metadata = (("x-api-key", api_key),) if api_key else ()
-    with grpc.insecure_channel(address) as channel:
+def reload_models(server: Server | str) -> list[str]:
+    """Make a server reload its models; sentences that say what it did.
+
+    Raises:
+        ServerError: it cannot be reached or refuses.
+    """
+    return list(_call(server, "ReloadModels", pb.ReloadModelsRequest()).changes)
+
+
+def _call(server: Server | str, method: str, request: Message) -> Any:  # noqa: ANN401
+    server = _as_server(server)
+    with server.open() as channel:
         call = getattr(speech_pb2_grpc.SpeechStub(channel), method)
         try:
-            return call(request, metadata=metadata, timeout=_LOAD_S)
+            return call(request, metadata=server.metadata, timeout=_LOAD_S)
         except grpc.RpcError as error:
-            raise ServerError(f"{error.code().name}: {error.details()}") from error
+            raise _server_error(error) from error
 
 
-def check_health(address: str) -> bool:
-    """Whether the server at `host:port` says that it is serving."""
-    with grpc.insecure_channel(address) as channel:
+def check_health(
+    server: Server | str, *, on_error: Callable[[str], object] = lambda _: None
+) -> bool:
+    """Whether a server says that it is serving; `on_error` is told why it did not answer."""
+    with _as_server(server).open() as channel:
         try:
             response = health_pb2_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=_CONNECT_S
             )
-        except grpc.RpcError:
+        except grpc.RpcError as error:
+            on_error(str(_server_error(error)))
             return False
     return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def _as_server(server: Server | str) -> Server:
+    return Server(server) if isinstance(server, str) else server
+
+
+def _server_error(error: grpc.RpcError) -> ServerError:
+    """What the server said, and the option that helps."""
+    code = error.code()
+    fixes = {
+        grpc.StatusCode.UNAUTHENTICATED: "; see --api-key",
+        grpc.StatusCode.UNAVAILABLE: "; does the server run, and does it want TLS (--tls-ca)?",
+    }
+    return ServerError(f"{code.name}: {error.details()}{fixes.get(code, '')}")
 
 
 def _requests(
@@ -120,7 +186,10 @@ def read_pcm(path: Path) -> tuple[int, int, Iterator[bytes]]:
     try:
         samples, sample_rate = soundfile.read(str(path), dtype="int16", always_2d=True)
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"cannot read {path}: {error.error_string}") from error
+        reason = "there is no such file" if not path.exists() else error.error_string
+        raise AudioError(f"cannot read {path}: {reason}; expected a recording") from error
+    if len(samples) == 0:
+        raise AudioError(f"{path} holds no samples; expected a recording")
     n_frames = int(sample_rate * PIECE_S)
     pieces = (
         samples[start : start + n_frames].astype("<i2").tobytes()

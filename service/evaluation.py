@@ -48,6 +48,7 @@ class Evaluation:
             "total": _figures(list(self.speakers.values())),
             "corpora": {name: _figures(counts) for name, counts in self.corpora.items()},
             "rtf": self.rtf,
+            "failures": self.failures,
         }
 
 
@@ -103,7 +104,10 @@ def evaluate(
 
 
 def _figures(by_speaker: Sequence[ErrorCounts]) -> dict[str, Any]:
-    return {**pool(by_speaker).as_json(), "wer_interval": wer_interval(by_speaker)}
+    counts = pool(by_speaker)
+    if counts.n_words == 0:  # nothing was said, or nothing could be read
+        return {**counts.as_json(), "wer": None, "cer": None, "wer_interval": None}
+    return {**counts.as_json(), "wer_interval": wer_interval(by_speaker)}
 
 
 def _stages(recogniser: Recogniser) -> dict[str, float]:

@@ -46,7 +46,7 @@ def read_manifest(path: Path) -> list[Utterance]:
         ManifestError: the file cannot be read, or a line is not what a manifest holds.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"cannot read the manifest {path}: {error}") from error
     return [

@@ -107,6 +107,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             raise
         finally:
             client = current_client.get()
+            seconds = time.perf_counter() - start
+            details = context.details() or None if code != grpc.StatusCode.OK else None
             self._metrics.requests.labels(method, code.name).inc()
             logger.info(
                 "%s %s",
@@ -115,10 +117,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 extra={
                     "method": method,
                     "code": code.name,
-                    "seconds": round(time.perf_counter() - start, 4),
+                    "seconds": round(seconds, 4),
                     "client": client.name if client else None,
                     "peer": peer,
-                    "details": context.details() or None if code != grpc.StatusCode.OK else None,
+                    "details": details,
                 },
             )
 
@@ -157,6 +159,20 @@ def _malformed() -> RequestError:
     )
 
 
+class TextFormatter(logging.Formatter):
+    """The message, and of a call also when it ended, its seconds, client, details and id."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        known, line = vars(record), super().format(record)
+        if "seconds" not in known:
+            return line
+        said = [str(known[name]) for name in ("client", "details") if known.get(name)]
+        time_ = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
+        took, id_ = f"{known['seconds']:.2f} s", f"[{request_id.get()}]"
+        return " ".join([time_, line, took, *said, id_])
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
 
@@ -183,8 +199,8 @@ class JsonFormatter(logging.Formatter):
 _RECORD_FIELDS: Final = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
 
 
-def log_as_json() -> None:
-    """Write all of this process's log as JSON lines on stderr."""
+def log_to_stderr(*, as_json: bool) -> None:
+    """Write all of this process's log on stderr, as JSON lines or for people."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(JsonFormatter() if as_json else TextFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

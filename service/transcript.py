@@ -76,13 +76,20 @@ def _write_json(transcript: Transcript) -> str:
 
 
 def _understood(segments: Sequence[Segment]) -> dict[str, Any]:
-    """What was asked for, first, where a domain was listened for."""
-    heard = [segment for segment in segments if segment.intent is not None]
-    asked = next((s for s in heard if s.intent is not None and s.intent.name), None)
-    segment = asked or next(iter(heard), None)
-    if segment is None or segment.intent is None:
+    """What was asked for where a domain was listened for: first, and in each of several parts."""
+    heard = [_meaning(segment) for segment in segments if segment.intent is not None]
+    if not heard:
         return {}
+    asked = next((meaning for meaning in heard if meaning["intent"]["name"]), heard[0])
+    first = {name: asked[name] for name in ("intent", "slots")}
+    return {**first, "segments": heard} if len(heard) > 1 else first
+
+
+def _meaning(segment: Segment) -> dict[str, Any]:
+    assert segment.intent is not None
     return {
+        "transcript": segment.alternatives[0].transcript,
+        "end_s": round(segment.end_s, _DECIMALS),
         "intent": {
             "name": segment.intent.name,
             "confidence": round(segment.intent.confidence, _DECIMALS),

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +51,50 @@ def test_transcribe_prints_one_transcript_a_line(clips: list[Utterance]) -> None
     result = _voxgate("transcribe", clips[0].audio_path, clips[1].audio_path)
     assert result.returncode == 0
     lines = result.stdout.splitlines()
-    assert len(lines) == 2
-    assert all(re.fullmatch(r"[a-z' ]+", line) for line in lines)
+    assert [line.split("\t")[0] for line in lines] == [str(c.audio_path) for c in clips[:2]]
+    assert all(re.fullmatch(r"[a-z' ]+", line.split("\t")[1]) for line in lines)
     assert "2 transcribed" in result.stderr
+    alone = _voxgate("transcribe", "-", stdin=clips[0].audio_path.read_bytes())
+    assert alone.stdout.strip() == lines[0].split("\t")[1]
+
+
+def test_transcribe_gives_every_recording_a_file_of_its_own(
+    recordings: Path, tmp_path: Path
+) -> None:
+    for day in ("monday", "tuesday"):
+        (tmp_path / day).mkdir()
+        shutil.copy(recordings / "a.wav", tmp_path / day / "1.wav")
+    output = tmp_path / "out"
+    folders = [tmp_path / day for day in ("monday", "tuesday", "monday")]
+    result = _voxgate("transcribe", *folders, "--output", output, "--decoder", "greedy")
+    assert "2 transcribed" in result.stderr
+    written = [p.relative_to(output) for p in output.rglob("*.txt")]
+    assert sorted(str(path)[-len("monday/1.wav.txt") :] for path in written) == [
+        "monday/1.wav.txt",
+        "uesday/1.wav.txt",
+    ]
+
+
+def test_transcribe_warns_of_a_recording_that_was_cut_off(recordings: Path) -> None:
+    data = (recordings / "a.wav").read_bytes()
+    (recordings / "cut.wav").write_bytes(data[: len(data) // 2])
+    result = _voxgate("transcribe", recordings / "cut.wav", recordings / "a.wav")
+    assert result.returncode == 0
+    (warning,) = [line for line in result.stderr.splitlines() if "cut off" in line]
+    assert re.search(r"cut\.wav: its header says [\d.]+ s, but [\d.]+ s can be decoded", warning)
+
+
+def test_output_that_cannot_be_written_is_named(recordings: Path) -> None:
+    output = recordings / "notes.txt"
+    result = _voxgate("transcribe", recordings / "a.wav", "--output", output)
+    assert result.returncode == 2
+    assert f"voxgate: {output}: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_version_is_that_of_the_package() -> None:
+    result = _voxgate("--version")
+    assert (result.returncode, result.stdout) == (0, f"voxgate {version('voxgate')}\n")
 
 
 def test_transcribe_json_has_the_documented_fields(clips: list[Utterance]) -> None:
@@ -150,6 +192,10 @@ def test_transcribe_writes_captions(
         ["transcribe", "x.wav", "--decoder", "magic"],
         ["transcribe", "x.wav", "--bundle", "/nonexistent"],
         ["transcribe", "x.wav", "--resume"],
+        ["transcribe", "x.wav", "y.wav", "--format", "srt"],
+        ["stream", "x.wav", "--rate", "8000"],
+        ["stream", "/nonexistent.wav"],
+        ["health", "--tls-ca", "/nonexistent.pem"],
         ["transcribe", "/nonexistent.jsonl"],
         ["evaluate", "/nonexistent.jsonl"],
         ["nonsense"],
@@ -184,7 +230,7 @@ def test_evaluate_writes_the_documented_json(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     figures = json.loads(report.read_text())
     fields = {"wer", "cer", "n_words", "n_substitutions", "n_deletions", "n_insertions"}
-    assert set(figures) == {"total", "corpora", "rtf"}
+    assert set(figures) == {"total", "corpora", "rtf", "failures"}
     assert set(figures["total"]) == {*fields, "wer_interval"}
     low, high = figures["total"]["wer_interval"]
     assert 0 <= low <= figures["total"]["wer"] <= high
@@ -218,9 +264,15 @@ def test_evaluate_reports_unreadable_recordings(tmp_path: Path, clips: list[Utte
         {"audio_filepath": "gone.wav", "text": "nothing"},
     ]
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = _voxgate("evaluate", manifest, "--decoder", "greedy")
+    figures = tmp_path / "new" / "figures.json"
+    result = _voxgate("evaluate", manifest, "--decoder", "greedy", "--json", figures)
     assert result.returncode == 1
     assert "gone.wav" in result.stderr
+    (failure,) = json.loads(figures.read_text())["failures"]
+    assert "gone.wav" in failure
+    manifest.write_text(json.dumps(rows[1]) + "\n")
+    assert _voxgate("evaluate", manifest, "--json", figures).returncode == 1
+    assert json.loads(figures.read_text())["total"]["wer"] is None
 
 
 def test_stream_prints_interim_and_final_results(
@@ -306,7 +358,9 @@ def test_stream_without_server_says_how_to_start_one(clips: list[Utterance]) -> 
 
 def test_health_tells_by_its_exit_status(server: RunningServer) -> None:
     assert _voxgate("health", "--address", server.address).returncode == 0
-    assert _voxgate("health", "--address", "127.0.0.1:9").returncode == 1
+    silent = _voxgate("health", "--address", "127.0.0.1:9")
+    assert silent.returncode == 1
+    assert "UNAVAILABLE" in silent.stderr
 
 
 def test_training_commands_name_the_missing_packages(tmp_path: Path) -> None:

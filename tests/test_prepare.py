@@ -477,6 +477,8 @@ def test_folder_takes_lists_and_texts_beside_each_other(tmp_path: Path) -> None:
     [
         ["a.wav,bad cab, no. 1", "b.wav,ace"],
         ["file,text", "a.wav,bad cab, no. 1"],
+        ['a.wav,"bad cab', "b.wav,ace"],
+        ['a.wav,"bad cab', 'b.wav,ace"'],
         ["a.wav", "b.wav"],
         [],
     ],

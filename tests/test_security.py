@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 
+from service.client import Server, check_health, list_models
 from service.errors import InputError, ServerError
 from service.security import (
     ApiKeys,
@@ -583,6 +584,30 @@ def test_calls_at_the_same_time_see_each_its_own_client(file: Path, alice: str) 
             assert set(answer) == expected[key]
 
     asyncio.run(_with_plaintext(ApiKeys(file), check))
+
+
+def test_own_client_speaks_tls_and_sends_its_key(
+    file: Path, alice: str, served: Pair, pairs: dict[str, Pair]
+) -> None:
+    ca, client = pairs["first"].certificate, pairs["client"]
+    credentials = server_credentials(
+        served.certificate, served.key, client_ca=pairs["ca"].certificate
+    )
+
+    async def check() -> None:
+        async with _serving(keys=ApiKeys(file), credentials=credentials) as address:
+            known = Server(address, ca=ca, certificate=client.certificate, key=client.key)
+            assert await asyncio.to_thread(check_health, known)
+            errors: list[str] = []
+            for server in (Server(address), Server(address, ca=ca)):
+                assert not await asyncio.to_thread(check_health, server, on_error=errors.append)
+            assert all("UNAVAILABLE" in error for error in errors)
+            with pytest.raises(ServerError, match=r"UNAUTHENTICATED.*--api-key"):
+                await asyncio.to_thread(list_models, known)
+            with pytest.raises(ServerError, match="UNIMPLEMENTED"):  # the key was good
+                await asyncio.to_thread(list_models, replace(known, api_key=alice))
+
+    asyncio.run(check())
 
 
 @pytest.mark.usefixtures("alice")
