@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -71,6 +71,7 @@ def main() -> None:
         "--prior-scale", type=float, default=0.0, help="of the phones' log priors, subtracted"
     )
     parser.add_argument("--transcripts", type=Path, help="manifest of the training set")
+    parser.add_argument("--raw", action="store_true", help="the weights, not their average")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -103,7 +104,14 @@ def main() -> None:
     for path in options.checkpoints:
         for condition, utterances in speech.items():
             print(f"{path}, {condition}")
-            report(path, utterances, decoders, trigram, prior_scale=options.prior_scale)
+            report(
+                path,
+                utterances,
+                decoders,
+                trigram,
+                prior_scale=options.prior_scale,
+                raw=options.raw,
+            )
 
 
 def report(
@@ -113,9 +121,12 @@ def report(
     trigram: Tensor | None,
     *,
     prior_scale: float = 0.0,
+    raw: bool = False,
 ) -> None:
     """Print a table of one checkpoint: a line a corpus."""
     checkpoint = load_checkpoint(path)
+    if raw and checkpoint.model is not None:
+        checkpoint = replace(checkpoint, averaged=checkpoint.model)
     model = load_model(checkpoint)
     items: list[Item] = []
     greedy: list[ErrorCounts] = []

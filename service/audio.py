@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
@@ -28,6 +28,8 @@ from service.errors import AudioError, InputError, RequestError
 logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
+OnShortage = Callable[[float], object]
+"""Gets the seconds of audio that a header promised and that did not come."""
 
 AUDIO_EXTENSIONS: Final = frozenset({".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 DEFAULT_SAMPLE_RATE: Final = 16_000
@@ -114,6 +116,11 @@ class AudioStream:
         """Channels of the recording; None while that is not known."""
         reader = self._reader
         return reader.n_channels if reader is not None and reader.is_open else None
+
+    @property
+    def shortage_s(self) -> float:
+        """At the end: audio that the header promised and that did not come, seconds."""
+        return self._reader.shortage_s if self._reader is not None else 0.0
 
     def push(self, data: bytes) -> FloatArray:
         """Take the next bytes; return the samples they complete, float32.
@@ -213,8 +220,18 @@ def decode_blocks(
     target_rate: int,
     separate_channels: bool = False,
     longest_s: float | None = None,
+    on_shortage: OnShortage = lambda _: None,
 ) -> Iterator[FloatArray]:
-    """Decode a recording block by block; see `AudioStream` for the arguments.
+    """Decode a recording block by block.
+
+    Args:
+        pieces: of its bytes.
+        audio_format: see `AudioStream`, as for all others but the last.
+        target_rate: Hz.
+        separate_channels: whether channels are kept apart.
+        longest_s: seconds of audio beyond which a recording is refused; None for no limit.
+        on_shortage: at the end gets the seconds that the header promised and that did not come,
+            where they are more than an encoder's padding.
 
     Yields:
         Samples at `target_rate`, at least one in each block: mono, float32, (time,), or
@@ -238,6 +255,8 @@ def decode_blocks(
     yield from (block for block in chain(pushed, stream.drain()) if len(block) > 0)
     if stream.n_bytes == 0:
         raise AudioError("the audio is empty: no bytes at all; expected a recording")
+    if stream.shortage_s > _SHORTAGE_S:
+        on_shortage(stream.shortage_s)
 
 
 def duration_hint_s(data: bytes, audio_format: AudioFormat) -> float | None:
@@ -271,14 +290,25 @@ class Stopwatch:
             yield block
 
 
-def load_blocks(path: Path, *, target_rate: int) -> Iterator[FloatArray]:
+def load_blocks(
+    path: Path, *, target_rate: int, on_shortage: OnShortage = lambda _: None
+) -> Iterator[FloatArray]:
     """Read a recording block by block: mono samples, float32 (time,), at `target_rate`.
+
+    Args:
+        path: the recording.
+        target_rate: Hz.
+        on_shortage: see `decode_blocks`.
 
     Raises:
         AudioError: the file cannot be read, is no audio, broken, or holds no sample.
     """
-    audio_format = AudioFormat(header_required=True)
-    return decode_blocks(_read_pieces(path), audio_format, target_rate=target_rate)
+    return decode_blocks(
+        _read_pieces(path),
+        AudioFormat(header_required=True),
+        target_rate=target_rate,
+        on_shortage=on_shortage,
+    )
 
 
 def load_audio(path: Path, *, target_rate: int) -> FloatArray:
@@ -290,37 +320,6 @@ def load_audio(path: Path, *, target_rate: int) -> FloatArray:
             raise
         raise AudioError(f"{path}: {error}") from error
     return np.concatenate([np.zeros(0, np.float32), *blocks])
-
-
-def find_shortage(path: Path, decoded_s: float) -> str:
-    """What is to be said of a recording that holds less than its header promises; empty if none.
-
-    Args:
-        path: the recording.
-        decoded_s: audio that could be decoded, seconds.
-    """
-    try:
-        if not path.is_file():
-            return ""
-        with path.open("rb") as file:
-            data = file.read(_LONGEST_HEADER_BYTES)
-        promised_s = _promised_s(data, path)
-    except (OSError, InputError, soundfile.LibsndfileError):
-        return ""
-    if promised_s is None or promised_s - decoded_s < _SHORTAGE_S:
-        return ""
-    return (
-        f"its header says {promised_s:.2f} s, but {decoded_s:.2f} s can be decoded; it may be "
-        "cut off: copy it again"
-    )
-
-
-def _promised_s(data: bytes, path: Path) -> float | None:
-    """Duration by the header, seconds; None where it says none."""
-    reader = _open_reader(data, AudioFormat(header_required=True), is_complete=True)
-    if isinstance(reader, _WavReader):
-        return reader.promised_s
-    return float(soundfile.info(str(path)).duration)
 
 
 def _read_pieces(path: Path) -> Iterator[bytes]:
@@ -366,6 +365,11 @@ class _Reader(Protocol):
         """Channels of each frame."""
         ...
 
+    @property
+    def shortage_s(self) -> float:
+        """At the end: audio that the header promised and that did not come, seconds."""
+        ...
+
     def push(self, data: bytes) -> FloatArray:
         """Take bytes, return the frames they complete."""
         ...
@@ -407,10 +411,14 @@ class _PcmReader:
 
     def finish(self) -> Iterator[FloatArray]:
         if self._left:
-            logger.debug("the WAV ends %d bytes before its header says", self._left)
+            logger.warning("the WAV ends %d bytes before its header says", self._left)
         if self._rest:
             logger.warning("the audio ends inside a sample: %d bytes left out", len(self._rest))
         return iter(())
+
+    @property
+    def shortage_s(self) -> float:
+        return self.duration_s(self._left or 0)
 
     def duration_hint_s(self, data: bytes) -> float | None:
         return self.duration_s(len(data))
@@ -431,10 +439,6 @@ class _WavReader:
             sample_format=header.sample_format,
             n_bytes=header.data_bytes,
         )
-        self.promised_s = (
-            None if header.data_bytes is None else self._pcm.duration_s(header.data_bytes)
-        )
-        """Duration by the header, seconds; None where it says none."""
         self._to_skip = header.data_start
         self.is_open = True
         self.sample_rate = header.sample_rate
@@ -447,6 +451,10 @@ class _WavReader:
 
     def finish(self) -> Iterator[FloatArray]:
         return self._pcm.finish()
+
+    @property
+    def shortage_s(self) -> float:
+        return self._pcm.shortage_s
 
     def duration_hint_s(self, data: bytes) -> float | None:
         return self._pcm.duration_s(len(data) - self._to_skip)
@@ -474,6 +482,7 @@ class _ContainerReader:
         self.is_open = False
         self.sample_rate = 0
         self.n_channels = 1
+        self.shortage_s = 0.0
 
     def push(self, data: bytes) -> FloatArray:
         self._data.write(data)
@@ -488,11 +497,14 @@ class _ContainerReader:
                 self.sample_rate, self.n_channels = file.samplerate, file.channels
                 self.is_open = True
                 n_frames = min(_BLOCK_FRAMES, _BLOCK_SAMPLES // file.channels)
+                n_missing = self._promised_frames(file, self._data.getbuffer().nbytes) or 0
                 while True:
                     block = file.read(n_frames, dtype="float32", always_2d=True)
+                    n_missing -= len(block)
                     yield block
                     if len(block) < n_frames:  # not file.blocks(): it trusts the header
                         break
+                self.shortage_s = max(0, n_missing) / file.samplerate
         except soundfile.LibsndfileError as error:
             raise AudioError(
                 f"the {self._name} audio cannot be decoded ({error.error_string.strip()}); "
@@ -502,9 +514,13 @@ class _ContainerReader:
     def duration_hint_s(self, data: bytes) -> float | None:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             _check_layout(file.samplerate, file.channels)
-            most_frames = _MOST_FRAMES_A_BYTE[self._encoding] * len(data)
-            is_credible = 0 <= file.frames <= most_frames  # it is huge where it is unknown
-            return file.frames / file.samplerate if is_credible else None
+            n_frames = self._promised_frames(file, len(data))
+            return None if n_frames is None else n_frames / file.samplerate
+
+    def _promised_frames(self, file: soundfile.SoundFile, n_bytes: int) -> int | None:
+        """Frames by the header; None where it does not say, which libsndfile reads as very many."""
+        most_frames = _MOST_FRAMES_A_BYTE[self._encoding] * n_bytes
+        return file.frames if 0 <= file.frames <= most_frames else None
 
 
 _MOST_FRAMES_A_BYTE: Final = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-from service.audio import AUDIO_EXTENSIONS, Stopwatch, find_shortage, load_blocks
+from service.audio import AUDIO_EXTENSIONS, Stopwatch, load_blocks
 from service.decoding.hypothesis import Phrase
 from service.errors import AudioError, InputError
 from service.manifest import read_manifest
@@ -91,7 +91,10 @@ def run_jobs(
 
     def run(job: Job) -> Outcome:
         duration = Stopwatch(recogniser.sample_rate)
-        blocks = load_blocks(job.audio_path, target_rate=recogniser.sample_rate)
+        missing_s: list[float] = []
+        blocks = load_blocks(
+            job.audio_path, target_rate=recogniser.sample_rate, on_shortage=missing_s.append
+        )
         try:
             segments = list(
                 recogniser.recognise_blocks(
@@ -105,7 +108,11 @@ def run_jobs(
         except AudioError as error:
             return Outcome(job, None, str(error))
         transcript = Transcript(job.name, duration.seconds, segments)
-        return Outcome(job, transcript, "", find_shortage(job.audio_path, duration.seconds))
+        warnings = [
+            f"it ends {seconds:.2f} s before its header says; it may be cut off: copy it again"
+            for seconds in missing_s
+        ]
+        return Outcome(job, transcript, "", " ".join(warnings))
 
     with ThreadPoolExecutor(n_threads) as pool:
         waiting = iter(jobs)

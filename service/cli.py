@@ -170,7 +170,7 @@ ManifestsOption = Annotated[
 ]
 
 
-def _print_version(wanted: bool) -> None:  # as typer calls it
+def _print_version(wanted: bool) -> None:
     if wanted:
         sys.stdout.write(f"voxgate {importlib.metadata.version('voxgate')}\n")
         raise typer.Exit
@@ -179,12 +179,12 @@ def _print_version(wanted: bool) -> None:  # as typer calls it
 @app.callback()
 def _take_common_options(
     *,
-    version: Annotated[  # its callback ends the program
+    version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print and exit."),
     ] = False,
 ) -> None:
-    pass
+    pass  # `--version` has ended the program
 
 
 def main() -> None:

@@ -107,8 +107,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
             raise
         finally:
             client = current_client.get()
-            seconds = time.perf_counter() - start
-            details = context.details() or None if code != grpc.StatusCode.OK else None
             self._metrics.requests.labels(method, code.name).inc()
             logger.info(
                 "%s %s",
@@ -117,10 +115,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
                 extra={
                     "method": method,
                     "code": code.name,
-                    "seconds": round(seconds, 4),
+                    "seconds": round(time.perf_counter() - start, 4),
                     "client": client.name if client else None,
                     "peer": peer,
-                    "details": details,
+                    "details": context.details() or None if code != grpc.StatusCode.OK else None,
                 },
             )
 

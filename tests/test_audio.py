@@ -287,10 +287,38 @@ def test_decode_gives_the_samples_that_are_there_when_a_wav_is_truncated(
     subtype = {(PCM, 8): "PCM_U8", (IEEE_FLOAT, 32): "FLOAT"}.get((tag, n_bits), f"PCM_{n_bits}")
     whole = encode(noise(1_000, n_channels=2), container="WAV", subtype=subtype)
     n_missing = 300 * 2 * n_bits // 8 + 1  # 300 frames and a part of one
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.WARNING):
         decoded = decode(whole[:-n_missing])
     np.testing.assert_array_equal(decoded, decode(whole)[:699])
     assert f"ends {n_missing} bytes before" in caplog.text
+
+
+@pytest.mark.parametrize(("container", "is_cut"), [("WAV", True), ("MP3", True), ("WAV", False)])
+def test_what_a_header_promised_and_did_not_come_is_told(
+    container: str, is_cut: bool, tmp_path: Path
+) -> None:
+    data = encode(speech(), container=container)
+    path = tmp_path / "recording"
+    path.write_bytes(data[: len(data) // 2] if is_cut else data)
+    missing_s: list[float] = []
+    decoded_s = sum(
+        len(block) / RATE
+        for block in load_blocks(path, target_rate=RATE, on_shortage=missing_s.append)
+    )
+    whole_s = len(speech()) / RATE
+    assert missing_s == ([pytest.approx(whole_s - decoded_s, abs=0.1)] if is_cut else [])
+
+
+def test_a_flac_of_unknown_length_lacks_nothing() -> None:
+    data = bytearray(encode(speech(), container="FLAC"))
+    data[21] &= 0xF0  # the 36 bits of STREAMINFO that count the samples
+    data[22:26] = bytes(4)
+    missing_s: list[float] = []
+    blocks = decode_blocks(
+        [bytes(data)], AudioFormat(), target_rate=RATE, on_shortage=missing_s.append
+    )
+    assert sum(map(len, blocks)) == len(speech())
+    assert missing_s == []
 
 
 def test_decode_invents_no_samples_when_an_mp3_is_truncated() -> None:

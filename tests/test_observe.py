@@ -19,7 +19,13 @@ import pytest
 
 from service.errors import AudioError, OverloadError
 from service.metrics import Metrics
-from service.observe import REQUEST_ID_KEY, CallInterceptor, JsonFormatter, request_id
+from service.observe import (
+    REQUEST_ID_KEY,
+    CallInterceptor,
+    JsonFormatter,
+    TextFormatter,
+    request_id,
+)
 from service.pb.voxgate.v1 import speech_pb2 as pb
 
 MALFORMED = b"\xff\xff\xff\xff"
@@ -331,6 +337,20 @@ def test_health_checks_are_neither_logged_nor_counted(log: Log) -> None:
 
     _run(work)
     assert log() == []
+
+
+def test_text_formatter_says_when_how_long_and_why() -> None:
+    formatter = TextFormatter()
+    plain = logging.makeLogRecord({"msg": "listening on %s", "args": ("port",)})
+    assert formatter.format(plain) == "listening on port"
+    call = {"msg": "/Recognize FAILED", "seconds": 1.234, "client": "desk", "details": "no audio"}
+    token = request_id.set("abc")
+    try:
+        line = formatter.format(logging.makeLogRecord(call))
+    finally:
+        request_id.reset(token)
+    expected = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d /Recognize FAILED 1\.23 s desk no audio \[abc\]"
+    assert re.fullmatch(expected, line)
 
 
 def test_formatter_writes_one_json_object_a_line() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
-from service.recogniser import Alternative, Segment, TimedWord
+from service.recogniser import Alternative, Intent, Segment, Slot, TimedWord
 from service.transcript import Transcript, write_as
 
 
@@ -72,6 +73,23 @@ def test_segments_are_joined_in_order() -> None:
 def test_one_segment_keeps_its_alternatives() -> None:
     row = json.loads(write_as(_transcript(_segment([("one", 0.0, 0.5)])), "json"))
     assert [a["transcript"] for a in row["alternatives"]] == ["one", ""]
+
+
+def test_meaning_is_written_for_each_of_several_segments() -> None:
+    def order(word: str, start_s: float, intent: str) -> Segment:
+        slot = Slot("drink", word, word, start_s, start_s + 0.5, 0.9)
+        spoken = _segment([(word, start_s, start_s + 0.5)])
+        return replace(spoken, intent=Intent(intent, 0.8), slots=(slot,))
+
+    latte, nothing, tea = order("latte", 1.0, "get"), order("er", 20.0, ""), order("tea", 40.0, "x")
+    row = json.loads(write_as(_transcript(nothing, latte, tea), "json"))
+    assert row["transcript"] == "er latte tea"
+    assert row["intent"] == {"name": "get", "confidence": 0.8}
+    assert [s["value"] for s in row["slots"]] == ["latte"]
+    assert [s["transcript"] for s in row["segments"]] == ["er", "latte", "tea"]
+    assert [s["intent"]["name"] for s in row["segments"]] == ["", "get", "x"]
+    assert [s["slots"][0]["start_s"] for s in row["segments"]] == [20.0, 1.0, 40.0]
+    assert "segments" not in json.loads(write_as(_transcript(latte), "json"))
 
 
 def test_captions_are_numbered_from_one() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from service.errors import MissingExtraError, TrainingError
+from service.errors import MissingExtraError
 from service.text import BLANK_TOKEN
 
 PHONES: Final[tuple[str, ...]] = (
@@ -45,22 +45,10 @@ def load_dictionary() -> Dictionary:
     return parse_dictionary(path.read_text(encoding="utf-8"))
 
 
-def read_dictionary(path: Path) -> Dictionary:
-    """Read pronunciations, a line each; see `parse_dictionary`.
-
-    Raises:
-        TrainingError: the file cannot be read.
-    """
-    try:
-        return parse_dictionary(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"cannot read the lexicon {path}: {error}") from error
-
-
 def parse_dictionary(text: str) -> dict[str, tuple[tuple[str, ...], ...]]:
     """Parse lines of `word PHONE PHONE …`; `word(2)` is a further pronunciation of `word`."""
     pronunciations: dict[str, tuple[tuple[str, ...], ...]] = {}
-    for line in filter(str.strip, text.splitlines()):
+    for line in text.splitlines():
         word, *phones = line.split()
         word = _VARIANT.sub("", word)
         pronunciations[word] = (*pronunciations.get(word, ()), tuple(phones))

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from service.bundle import read_lexicon
 from service.errors import TrainingError
 from service.scoring import ErrorCounts
 from service.text import BLANK, CHARACTERS, collapse, decode, encode
@@ -48,7 +49,7 @@ from training.corpus import EVALUATED_BATCH_S, Corpus, prepare_corpora
 from training.data import Batch
 from training.distributed import join_world
 from training.evaluation import errors_by_corpus
-from training.lexicon import PHONES, find_variants, read_dictionary
+from training.lexicon import PHONES, find_variants
 from training.lm_text import read_sentences
 from training.loss import ctc_nll
 from training.model import AcousticModel, Chunking
@@ -273,9 +274,11 @@ def train_spelling(settings: SpellingSettings) -> Path:
     with join_world() as world:
         if world.size > 1:
             raise TrainingError("spelling layers are trained by one process; leave out torchrun")
-        _refuse_another_shape(settings)
+        assert settings.run.initial_checkpoint is not None
+        initial = load_acoustic_checkpoint(settings.run.initial_checkpoint)
+        _refuse_another_shape(settings, initial)
         train, dev = prepare_corpora(settings, world)
-    run = _Run(settings, train, dev)
+    run = _Run(settings, initial, train, dev)
     while run.weights.progress.epoch < settings.optimiser.n_epochs:
         run.train_pass()
         run.evaluate()
@@ -283,9 +286,7 @@ def train_spelling(settings: SpellingSettings) -> Path:
     return settings.run.directory / BEST
 
 
-def _refuse_another_shape(settings: SpellingSettings) -> None:
-    assert settings.run.initial_checkpoint is not None
-    initial = load_acoustic_checkpoint(settings.run.initial_checkpoint)
+def _refuse_another_shape(settings: SpellingSettings, initial: Checkpoint) -> None:
     held = ModelSettings.model_validate(initial.settings["model"])
     free = {name: getattr(settings.model, name) for name in ("n_spelling_layers", "dropout")}
     if held.model_copy(update=free) != settings.model:
@@ -297,11 +298,11 @@ def _refuse_another_shape(settings: SpellingSettings) -> None:
 
 
 class _Run:
-    def __init__(self, settings: SpellingSettings, train: Corpus, dev: Corpus) -> None:
+    def __init__(
+        self, settings: SpellingSettings, initial: Checkpoint, train: Corpus, dev: Corpus
+    ) -> None:
         self.settings, self.dev = settings, dev
         options = settings.optimiser
-        assert settings.run.initial_checkpoint is not None
-        initial = load_acoustic_checkpoint(settings.run.initial_checkpoint)
         listener = load_model(initial)
         augment = Augmentation(settings.augment, settings.features, listener.feature_mean)
         readings: list[Chunking | None] = [None]
@@ -322,7 +323,7 @@ class _Run:
         ]
         self.dev_heard = hear_once("dev", dev, augment=None, chunking=None)
         self.texts = train.texts
-        lexicon = read_dictionary(settings.text.lexicon)
+        lexicon = read_lexicon(settings.text.lexicon)
         voices = [hearing.voice for hearing in self.hearings]
         variants = ((word, find_variants(word, lexicon)[0]) for word in lexicon)
         self.lexicon = {

@@ -84,6 +84,7 @@ class TrainingRun:
         self.averaged = average_model(self.model, settings.optimiser.average_decay)
         self.guard = GradientGuard()
         self.optimiser = Optimiser(self.model, settings.optimiser)
+        self.data = self._describe_data()
         self.progress = self._restore()
         self.augment = Augmentation(
             settings.augment, settings.features, self.model.feature_mean.cpu()
@@ -307,7 +308,7 @@ class TrainingRun:
 
     def _refuse_other_data(self, checkpoint: Checkpoint) -> None:
         """Let a run go on with its own data only; within a pass also with the same batches."""
-        held, asked = checkpoint.data, self._describe_data()
+        held, asked = checkpoint.data, self.data
         differing = [name for name in asked if held and held[name] != asked[name]]
         if "utterances" in differing:
             raise TrainingError(
@@ -342,7 +343,7 @@ class TrainingRun:
             progress=self.progress,
             model=self.model.state_dict(),
             optimiser=self.optimiser.state_dict(),
-            data=self._describe_data(),
+            data=self.data,
         )
         save_checkpoint(checkpoint, self.directory / name)
 
