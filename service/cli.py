@@ -224,7 +224,7 @@ def transcribe(
     ] = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Transcribe recordings."""
+    """Transcribe recordings; the channels of each are averaged."""
     from service.batch import output_path, run_jobs, write_transcript  # noqa: PLC0415
     from service.decoding.hypothesis import Phrase  # noqa: PLC0415
     from service.transcript import write_as  # noqa: PLC0415
