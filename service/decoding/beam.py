@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from itertools import count, islice
 from typing import Any, Final
 
 import numpy as np
@@ -36,7 +34,6 @@ _LARGEST_WEIGHT: Final = 100.0
 _CERTAIN: Final = 1e-4
 _SHORTEST_WORD: Final = 1.0  # frames
 _MOST_WAYS: Final = 20  # tried for each reading that is wanted
-_DIGITS: Final = 9  # of a log score; beyond is rounding
 
 
 @dataclass(frozen=True)
@@ -526,13 +523,17 @@ class BeamSearch:
         knowledge, state = self._knowledge, self._state
         beam = readings.read_beam(knowledge, state, is_end)
         occurrences = readings.find_occurrences(knowledge, state, beam)
+        ways = readings.best_ways(knowledge, state, beam, n, _MOST_WAYS * n)
         found: dict[tuple[str, ...], tuple[_Piece, float]] = {}
-        for nodes, last_word, score in islice(_ways(state, beam), _MOST_WAYS * n):
+        begin = 0
+        for end, last_word, score in zip(
+            ways.end.tolist(), ways.last_word.tolist(), ways.score.tolist(), strict=True
+        ):
+            nodes = ways.nodes[begin:end]
+            begin = end
             words = readings.words_on(knowledge, state, occurrences, nodes, last_word)
             piece = self._whole(words)
             found.setdefault(piece.words, (piece, score))
-            if len(found) == n:
-                break
         return list(found.values())
 
     def _read(self, *, n_best: int, is_end: bool) -> list[Hypothesis]:
@@ -564,52 +565,6 @@ class BeamSearch:
         arrays = {name: getattr(words, name) for name in _ARRAYS}
         piece = _Piece(words=tuple(texts), **arrays)
         return self._settled.join(piece) if self._settled.words else piece
-
-
-def _ways(
-    state: SearchState, beam: readings.Readings
-) -> Iterator[tuple[npt.NDArray[np.int64], int, float]]:
-    """The ways through the lattice, best first: nodes from the root, last word, log score.
-
-    Of ways that are alike, but for rounding, the one that was begun last goes on: where there are
-    many, trying each a little would take forever.
-    """
-    numbers = count(0, -1)
-    heap: list[tuple[float, int, int, float, int, tuple[Any, ...]]] = [
-        (_cost(mass + beam.log_share[node]), next(numbers), node, mass, word, ())
-        for node, word, mass in zip(
-            beam.node.tolist(), beam.word.tolist(), beam.log_mass.tolist(), strict=True
-        )
-    ]
-    heapq.heapify(heap)
-    while heap:
-        _, _, node, mass, word, behind = heapq.heappop(heap)
-        while node >= 0:
-            rival = int(state.first_rival[node])
-            while rival >= 0:
-                through = mass + math.log(max(state.share[rival], readings.TINY))
-                item = (_cost(through + beam.log_share[rival]), next(numbers), rival)
-                heapq.heappush(heap, (*item, through, word, behind))
-                rival = int(state.next_rival[rival])
-            parent = int(state.parent[node])
-            behind = (node, behind)
-            if parent >= 0:
-                mass += math.log(max(state.own_share[node], readings.TINY))
-                cost_here = _cost(mass + beam.log_share[parent])
-                if heap and cost_here > heap[0][0]:
-                    heapq.heappush(heap, (cost_here, next(numbers), parent, mass, word, behind))
-                    break
-            node = parent
-        else:
-            nodes: list[int] = []
-            while behind:
-                nodes.append(behind[0])
-                behind = behind[1]
-            yield np.array(nodes), word, mass
-
-
-def _cost(log_score: float) -> float:
-    return -round(float(log_score), _DIGITS)
 
 
 def _checked(log_probs: FloatArray, n_tokens: int, n_before: int) -> FloatArray:

@@ -6,12 +6,13 @@ one's share of the mass. A way from the root to a prefix goes by its own edges o
 
 from __future__ import annotations
 
+import heapq
 import math
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from service.decoding.compiled import allocating, compiled
+from service.decoding.compiled import allocating, compiled, inlined
 from service.decoding.ngram import score_word
 from service.decoding.phrases import DEAD, completes, follow
 from service.decoding.search import (
@@ -27,6 +28,7 @@ from service.decoding.search import (
 
 _HASH_MULTIPLIER: Final = 0x5851F42D4C957F2D
 _LEAST_POSTERIOR: Final = 1e-4
+_ROUNDING: Final = 1e9  # beyond these parts of a log score is rounding
 TINY: Final = 1e-300
 """Least share, so that its logarithm is finite."""
 
@@ -235,6 +237,106 @@ def best_way(state: SearchState, beam: Readings) -> tuple[LongArray, int, float]
             nodes[-1] = next_node  # it stands where its winner stood
         score += math.log(factor)
         node = next_node
+
+
+class Ways(NamedTuple):
+    """Ways through the lattice, best first; one entry each, but for `nodes`."""
+
+    nodes: LongArray
+    """Of all ways, one after another, each from the root on, int64."""
+    end: LongArray
+    """Place in `nodes` behind the way, int64."""
+    last_word: LongArray
+    """The word that ends with it, or `NO_WORD`, int64."""
+    score: DoubleArray
+    """Log score, float64."""
+
+
+@allocating
+def best_ways(knowledge: Knowledge, state: SearchState, beam: Readings, n: int, most: int) -> Ways:
+    """The best ways through the lattice that differ in their words.
+
+    Of ways that are alike, but for rounding, the one that was begun last goes on: where there are
+    many, trying each a little would take forever.
+
+    Args:
+        knowledge: what was searched for.
+        state: the search.
+        beam: where ways end.
+        n: how many are wanted.
+        most: how many are tried.
+    """
+    heap = [(0.0, 0, np.int64(0), 0.0, np.int64(0), 0) for _ in range(0)]
+    for i in range(len(beam.node)):
+        cost = _cost(beam.log_mass[i] + beam.log_share[beam.node[i]])
+        heap.append((cost, -i, beam.node[i], beam.log_mass[i], beam.word[i], -1))
+    heapq.heapify(heap)
+    n_begun = len(heap)
+    # what follows the beginning of a way: a node, and the place here of what follows that
+    followers = [(np.int64(0), 0) for _ in range(0)]
+    seen = {np.int64(0)}  # a text's key is another number
+    nodes = [np.int64(0) for _ in range(0)]
+    ends = [np.int64(0) for _ in range(0)]
+    words = [np.int64(0) for _ in range(0)]
+    scores = [0.0 for _ in range(0)]
+    n_tried = 0
+    while len(heap) > 0 and len(ends) < n and n_tried < most:
+        _, _, node, mass, word, behind = heapq.heappop(heap)
+        while node >= 0:
+            rival = np.int64(state.first_rival[node])
+            while rival >= 0:
+                through = mass + math.log(max(state.share[rival], TINY))
+                cost = _cost(through + beam.log_share[rival])
+                heapq.heappush(heap, (cost, -n_begun, rival, through, word, behind))
+                n_begun += 1
+                rival = np.int64(state.next_rival[rival])
+            parent = np.int64(state.parent[node])
+            followers.append((node, behind))
+            behind = len(followers) - 1
+            if parent >= 0:
+                mass += math.log(max(state.own_share[node], TINY))
+                cost = _cost(mass + beam.log_share[parent])
+                if len(heap) > 0 and cost > heap[0][0]:
+                    heapq.heappush(heap, (cost, -n_begun, parent, mass, word, behind))
+                    n_begun += 1
+                    break
+            node = parent
+        if node >= 0:
+            continue  # another one is better so far
+        n_tried += 1
+        n_before = len(nodes)
+        while behind >= 0:
+            nodes.append(followers[behind][0])
+            behind = followers[behind][1]
+        key = _text_key(knowledge, state, np.array(nodes[n_before:]), word)
+        if key in seen:
+            while len(nodes) > n_before:
+                nodes.pop()
+            continue
+        seen.add(key)
+        ends.append(np.int64(len(nodes)))
+        words.append(word)
+        scores.append(mass)
+    return Ways(np.array(nodes), np.array(ends), np.array(words), np.array(scores))
+
+
+@inlined
+def _cost(log_score: float) -> float:
+    return -np.floor(log_score * _ROUNDING + 0.5)
+
+
+@allocating
+def _text_key(knowledge: Knowledge, state: SearchState, nodes: LongArray, last_word: int) -> int:
+    """A number that ways share if their words are the same."""
+    spans = _spans_on(knowledge, state, nodes, last_word)
+    key = np.int64(1)
+    for i in range(len(spans.word)):
+        key = (key ^ spans.word[i]) * np.int64(_HASH_MULTIPLIER)
+        if spans.word[i] == knowledge.settings.unknown_word:  # it is what it is spelled by
+            for node in nodes[spans.begin[i] : spans.end[i]]:
+                key = (key ^ state.token[node]) * np.int64(_HASH_MULTIPLIER)
+        key ^= key >> 29
+    return key
 
 
 @allocating
