@@ -51,9 +51,11 @@ case $part in
     ;;
   timing)
     measure evaluate-greedy voxgate evaluate "$dev" --threads 1 --decoder greedy
-    measure evaluate-beam voxgate evaluate "$dev" --threads 1
+    measure evaluate-beam voxgate evaluate "$dev" --threads 1 --decoder beam
+    measure evaluate-rescored voxgate evaluate "$dev" --threads 1 --decoder rescored
     benchmark latency-greedy streaming_latency "$dev" "$words"
     benchmark latency-beam streaming_latency "$dev" "$words" --decoder beam
+    benchmark latency-rescored streaming_latency "$dev" "$words" --decoder rescored
     benchmark rescoring rescoring "$dev" "$bundle/rescorer.onnx" --corpus librispeech-dev-clean
     benchmark server-start server_start
     voxgate serve --port 50061 > "$out/server.log" 2>&1 &

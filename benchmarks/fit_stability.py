@@ -35,7 +35,7 @@ from service.segmenter import Utterance as Stretch
 from service.session import Session, Update
 from service.stability import survival_inputs
 
-DECODERS: Final[tuple[DecoderName, ...]] = ("greedy", "beam")
+FAMILIES: Final = ("greedy", "beam")
 _N_STEPS: Final = 30
 _RIDGE: Final = 1.0
 _N_BINS: Final = 10
@@ -47,21 +47,26 @@ COMMITTED_STABILITY: Final = 0.9
 class Kind:
     """A kind of final result."""
 
-    decoder: DecoderName
+    family: str
+    """`greedy`, or `beam` for the most accurate decoder of the bundle."""
     second_pass: bool
 
     @property
     def name(self) -> str:
         """Its key in the bundle."""
-        return f"{self.decoder}+second-pass" if self.second_pass else self.decoder
+        return f"{self.family}+second-pass" if self.second_pass else self.family
+
+    def decoder(self, recogniser: Recogniser) -> DecoderName:
+        """What reads it."""
+        return "greedy" if self.family == "greedy" else recogniser.best_decoder
 
 
 @dataclass(frozen=True)
 class Interim:
     """One interim reading of a stretch."""
 
-    words: Mapping[DecoderName, Sequence[Word]]
-    """As each decoder reads it."""
+    words: Mapping[str, Sequence[Word]]
+    """As the decoder of each family reads it."""
     n_settled: int
     n_known: int
 
@@ -91,7 +96,7 @@ class Changes:
             session = Session(
                 recogniser,
                 StreamRequest(profile=profile, second_pass=kind.second_pass, interim_results=True),
-                decoder=kind.decoder,
+                decoder=kind.decoder(recogniser),
             )
             pieces = (pcm[i : i + _PIECE_BYTES] for i in range(0, len(pcm), _PIECE_BYTES))
             updates = [update for piece in pieces for update in session.push(piece)]
@@ -134,7 +139,7 @@ class Changes:
         )
 
 
-KINDS: Final = tuple(Kind(d, s) for d, s in product(DECODERS, (True, False)))
+KINDS: Final = tuple(Kind(d, s) for d, s in product(FAMILIES, (True, False)))
 
 
 def main() -> None:
@@ -186,10 +191,11 @@ def collect(
             whole = recogniser.emission(stretch.features)
             for kind in KINDS:
                 emission = whole if kind.second_pass else stretch.log_probs
-                segment = recogniser.segment(emission, first_frame=0, decoder=kind.decoder)
+                decoder = kind.decoder(recogniser)
+                segment = recogniser.segment(emission, first_frame=0, decoder=decoder)
                 final = segment.alternatives[0].transcript
                 for interim in interims:
-                    words = interim.words[kind.decoder]
+                    words = interim.words[kind.family]
                     stays = find_survivors([word.text for word in words], final)
                     for word, stay in zip(words, stays, strict=True):
                         inputs[kind].append(
@@ -212,7 +218,11 @@ def stream(
     for event in chain(segmenter.push(features), segmenter.finish()):
         if isinstance(event, Settled):
             log_probs = segmenter.log_probs()
-            words = {name: read_running(recogniser, log_probs, name) for name in DECODERS}
+            words = {
+                kind.family: read_running(recogniser, log_probs, kind.decoder(recogniser))
+                for kind in KINDS
+                if kind.second_pass
+            }
             interims.append(Interim(words, segmenter.n_settled, len(log_probs)))
         elif isinstance(event, UtteranceEnded):
             yield event.utterance, interims

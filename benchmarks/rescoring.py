@@ -2,7 +2,7 @@
 
 python benchmarks/rescoring.py DEV.jsonl RESCORER.onnx [--bundle DIR] [--corpus NAME] [--history N]
 
-The search gives the 100 best readings of each utterance. A reading's new score is the search's
+The search gives the best readings of each utterance. A reading's new score is the search's
 score (acoustics, n-gram, words), plus a weight times what the recurrent model says of it, plus one
 times what the n-gram says (which takes the n-gram back where it is negative), plus a score for each
 word. The three are chosen on the speakers of one half and applied to the other, both ways round,
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from service.bundle import find_bundle, load_bundle
+from service.bundle import RescoringSettings, find_bundle, load_bundle
 from service.decoding.beam import BeamDecoder
 from service.decoding.hypothesis import FloatArray, Hypothesis
 from service.decoding.ngram import NgramModel, load_ngram
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("rescorer", type=Path)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--corpus", default="", help="only these lines of the manifest")
-    parser.add_argument("--n-best", type=int, default=100)
+    parser.add_argument("--n-best", type=int, default=RescoringSettings().n_best)
     parser.add_argument("--history", type=int, default=N_HISTORY, help="pieces; 0 reads each")
     arguments = parser.parse_args()
     folder = find_bundle(arguments.bundle)

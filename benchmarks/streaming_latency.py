@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("words", type=Path)
     parser.add_argument("--bundle", type=Path)
-    parser.add_argument("--decoder", choices=("greedy", "beam"), default="greedy")
+    parser.add_argument("--decoder", choices=("greedy", "beam", "rescored"), default="greedy")
     parser.add_argument("--recordings", type=int, default=30)
     arguments = parser.parse_args()
     recogniser = load_recogniser(find_bundle(arguments.bundle))

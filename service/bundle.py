@@ -91,7 +91,7 @@ class DecoderSettings(_Part):
 class RescoringSettings(_Part):
     """How a recurrent language model ranks the best readings anew, fitted on development data."""
 
-    n_best: Annotated[int, Field(ge=1)] = 100
+    n_best: Annotated[int, Field(ge=1)] = 50
     """Readings that are ranked."""
     recurrent_weight: float = 0.5
     """Weight of the recurrent model's log probability."""

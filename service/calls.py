@@ -62,7 +62,7 @@ class Calls:
         admission: Admission,
         metrics: Metrics,
         *,
-        default_decoder: DecoderName,
+        default_decoder: DecoderName | None,
         n_threads: int,
     ) -> None:
         """Take requests.
@@ -71,13 +71,13 @@ class Calls:
             models: what there is.
             admission: how much of it may be used.
             metrics: told of everything.
-            default_decoder: decoder of requests that name none.
+            default_decoder: decoder of requests that name none; None for the best of the model.
             n_threads: recordings that are recognised at the same time.
         """
         self.models = models
         self.admission = admission
         self.metrics = metrics
-        self._default_decoder: DecoderName = default_decoder
+        self._default_decoder = default_decoder
         self._other_threads = ThreadPoolExecutor(_OTHER_THREADS, thread_name_prefix="other")
         self._recording_threads = ThreadPoolExecutor(n_threads, thread_name_prefix="recording")
 
@@ -264,7 +264,7 @@ class Calls:
         return stream.n_channels or 1
 
     def _decoder_of(self, request: Request, recogniser: Recogniser) -> DecoderName:
-        name = request.decoder or self._default_decoder
+        name = request.decoder or self._default_decoder or recogniser.best_decoder
         if request.search_tokens and request.decoder == "rescored":
             raise RequestError(
                 "the decoder rescored searches what the model's settings say; leave search_tokens "

@@ -118,7 +118,8 @@ BundleOption = Annotated[
     ),
 ]
 DecoderOption = Annotated[
-    DecoderChoice, typer.Option("--decoder", help="Search with the language model, or without.")
+    DecoderChoice | None,
+    typer.Option("--decoder", help="Default the most accurate: rescored, else beam."),
 ]
 BoostOption = Annotated[
     list[str] | None,
@@ -207,7 +208,7 @@ def transcribe(
     ],
     *,
     bundle: BundleOption = None,
-    decoder: DecoderOption = DecoderChoice.beam,
+    decoder: DecoderOption = None,
     output_format: Annotated[FormatChoice, typer.Option("--format")] = FormatChoice.txt,
     output: Annotated[
         Path | None,
@@ -232,8 +233,9 @@ def transcribe(
     jobs = _choose_jobs(paths, output, output_format, resume=resume)
     n_threads = threads or count_usable_processors()
     recogniser = _load(bundle, n_threads=1, decoder=decoder, domain=domain)
+    name: DecoderName = decoder.value if decoder else recogniser.best_decoder
     phrases = [Phrase(text, boost_weight) for text in boost or []]
-    recogniser.decoder(decoder.value).open(phrases=phrases)  # refuses what cannot be used
+    recogniser.decoder(name).open(phrases=phrases)  # refuses what cannot be used
     n_failed, audio_s = 0, 0.0
     with _progress_bar() as progress:
         task = progress.add_task("transcribing", total=len(jobs))
@@ -241,7 +243,7 @@ def transcribe(
         outcomes = run_jobs(
             recogniser,
             jobs,
-            decoder=decoder.value,
+            decoder=name,
             n_best=alternatives,
             n_threads=n_threads,
             phrases=phrases,
@@ -301,7 +303,7 @@ def evaluate(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST.jsonl")],
     *,
     bundle: BundleOption = None,
-    decoder: DecoderOption = DecoderChoice.beam,
+    decoder: DecoderOption = None,
     profile: Annotated[
         str | None,
         typer.Option("--profile", metavar="NAME", help="Measure a stream's first pass alone."),
@@ -335,7 +337,7 @@ def evaluate(
         evaluation = run(
             recogniser,
             utterances,
-            decoder=decoder.value,
+            decoder=decoder.value if decoder else recogniser.best_decoder,
             profile=profile,
             on_done=lambda: progress.advance(task),
         )
@@ -372,7 +374,7 @@ def serve(  # noqa: PLR0913  # every option is an argument
         int, typer.Option("--port", min=0, max=65535, help="TCP port; 0 takes a free one.")
     ] = DEFAULT_PORT,
     provider: Annotated[ProviderChoice, typer.Option("--provider")] = ProviderChoice.cpu,
-    decoder: DecoderOption = DecoderChoice.beam,
+    decoder: DecoderOption = None,
     threads: ThreadsOption = None,
     max_streams: Annotated[
         int, typer.Option("--max-streams", min=1, help="Streams that are open at a time.")
@@ -456,7 +458,7 @@ def serve(  # noqa: PLR0913  # every option is an argument
         port=port,
         provider=provider.value,
         n_threads=n_threads,
-        default_decoder=decoder.value,
+        default_decoder=decoder.value if decoder else None,
         decoders=("greedy", "beam", "reference") if decoder is DecoderChoice.reference else None,
         batches=default_batches(
             provider.value,
@@ -1015,7 +1017,7 @@ def bench_serve(  # noqa: PLR0913  # every option is an argument
     tries: Annotated[
         int, typer.Option("--tries", min=1, help="Trials of a number before it is too many.")
     ] = 1,
-    decoder: DecoderOption = DecoderChoice.beam,
+    decoder: DecoderOption = None,
     profile: Annotated[str, typer.Option("--profile", metavar="NAME")] = "balanced",
     api_key: ApiKeyOption = "",
     clients: Annotated[
@@ -1036,8 +1038,11 @@ def bench_serve(  # noqa: PLR0913  # every option is an argument
     if find_capacity and not is_paced:
         _fail("--find-capacity needs streams at the pace of speech", status=2)
     utterances = read_manifest(manifest)
-    target = load_test.Target(address, api_key, decoder.value, profile, clients, server_pid)
     recogniser = _load(bundle, n_threads=1, decoder=decoder) if is_paced else None
+    name: DecoderName | None = decoder.value if decoder else None
+    if recogniser is not None:
+        name = name or recogniser.best_decoder
+    target = load_test.Target(address, api_key, name, profile, clients, server_pid)
     figures: load_test.Report | load_test.Capacity
     with _progress_bar() as progress:
         task = progress.add_task("starting", total=None)
@@ -1156,16 +1161,20 @@ def _to_numbers(option: str, text: str) -> list[float]:
 
 
 def _load(
-    bundle: Path | None, *, n_threads: int, decoder: DecoderChoice, domain: str = ""
+    bundle: Path | None, *, n_threads: int, decoder: DecoderChoice | None, domain: str = ""
 ) -> Recogniser:
     from service.domain import find_domain  # noqa: PLC0415
     from service.recogniser import load_recogniser  # noqa: PLC0415
 
     folder = find_bundle(bundle)
     domains = [find_domain(domain, folder)] if domain else []
-    name: DecoderName = decoder.value
     with _stderr.status(f"loading {folder}"):
-        recogniser = load_recogniser(folder, n_threads=n_threads, decoders=(name,), domains=domains)
+        recogniser = load_recogniser(
+            folder,
+            n_threads=n_threads,
+            decoders=(decoder.value,) if decoder else "best",
+            domains=domains,
+        )
     return next(iter(recogniser.domains.values()), recogniser)
 
 

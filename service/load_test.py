@@ -91,7 +91,8 @@ class Target:
     """`host:port`."""
     api_key: str = ""
     """Sent with every call, unless it is empty."""
-    decoder: DecoderName = "beam"
+    decoder: DecoderName | None = None
+    """None takes the server's default."""
     profile: str = DEFAULT_PROFILE
     n_clients: int = 1
     """Processes that send."""
@@ -437,7 +438,8 @@ class StreamTest:
         on_progress("reading the manifest", 0, n_audios)
         audios = join_audio(utterances, n_audios=n_audios, seconds=self._length_s)
         self._n_messages = len(audios[0])
-        find = partial(expect, recogniser, decoder=target.decoder, profile=target.profile)
+        decoder = target.decoder or recogniser.best_decoder
+        find = partial(expect, recogniser, decoder=decoder, profile=target.profile)
         self._expected: list[list[Expected]] = []
         with ThreadPoolExecutor(count_usable_processors()) as executor:
             for expected in executor.map(find, audios):
@@ -682,12 +684,12 @@ def _check_server(target: Target, *, model: str | None = None) -> str:
 
 
 def _config(target: Target, model: str) -> pb.RecognitionConfig:
-    kind, _, search_tokens = target.decoder.upper().partition("-")
+    kind, _, search_tokens = (target.decoder or "").upper().partition("-")
     return pb.RecognitionConfig(
         encoding=pb.RecognitionConfig.LINEAR16,
         sample_rate_hertz=_SAMPLE_RATE,
         model=model,
-        decoder=kind,
+        decoder=kind or None,
         search_tokens=search_tokens or None,
     )
 

@@ -198,6 +198,12 @@ class Recogniser:
         overlap_s = (self.features.window_ms - self.features.hop_ms) / 1000
         return window * self.features.hop_ms / 1000 + overlap_s
 
+    @property
+    def best_decoder(self) -> DecoderName:
+        """The most accurate of those that were loaded, which requests get that name none."""
+        by_accuracy: tuple[DecoderName, ...] = ("rescored", "beam")
+        return next((name for name in by_accuracy if name in self.decoders), "greedy")
+
     def decoder(self, name: DecoderName) -> Decoder:
         """The decoder of that name.
 
@@ -576,7 +582,7 @@ def load_recogniser(
     *,
     provider: Provider = "cpu",
     n_threads: int = 1,
-    decoders: Sequence[DecoderName] | None = None,
+    decoders: Sequence[DecoderName] | Literal["best"] | None = None,
     domains: Sequence[Path] = (),
 ) -> Recogniser:
     """Load a bundle, ready to use.
@@ -585,8 +591,8 @@ def load_recogniser(
         folder: the bundle.
         provider: where the acoustic model runs.
         n_threads: threads of one run of the acoustic model and of numpy.
-        decoders: which decoders are made; all but `greedy` load the language model. None makes all
-            that the bundle has, but for the reference.
+        decoders: which decoders are made; all but `greedy` load the language model. `best` makes
+            the most accurate one, None all that the bundle has, but for the reference.
         domains: folders of the domains that can be asked for.
 
     Raises:
@@ -596,9 +602,11 @@ def load_recogniser(
     threadpool_limits(n_threads)
     bundle = load_bundle(folder)
     config = bundle.config
-    if decoders is None:
+    rescored: list[DecoderName] = ["rescored"] if bundle.rescorer_graph else []
+    if decoders == "best":
+        decoders = rescored or ["beam"]
+    elif decoders is None:
         phones: list[DecoderName] = ["beam-phones"] if bundle.has_lexicon else []
-        rescored: list[DecoderName] = ["rescored"] if bundle.rescorer_graph else []
         decoders = ["greedy", "beam", "beam-characters", *phones, *rescored]
     recogniser = Recogniser(
         name=config.name,

@@ -77,7 +77,8 @@ class ServerSettings:
     provider: Provider = "cpu"
     n_threads: int = 1
     """Recordings and batches that run at the same time."""
-    default_decoder: DecoderName = "beam"
+    default_decoder: DecoderName | None = None
+    """Of requests that name none; None is the best of each model."""
     decoders: Sequence[DecoderName] | None = None
     """Which are made; None makes all but the reference."""
     batches: BatchSettings = field(default_factory=BatchSettings)

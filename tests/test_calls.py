@@ -28,7 +28,7 @@ from service.decoding.hypothesis import Phrase
 from service.errors import AudioError, IdleError, InputError, OverloadError, RequestError
 from service.metrics import Metrics
 from service.models import Model, Models
-from service.recogniser import FloatArray, Recogniser, Segment
+from service.recogniser import DecoderName, FloatArray, Recogniser, Segment
 from service.request import Request, StreamRequest
 from service.scheduler import BatchSettings, Scheduler
 from service.session import Session, Update
@@ -59,7 +59,13 @@ def _model(recogniser: Recogniser, batches: BatchSettings) -> Model:
 
 
 @contextmanager
-def _calls(recogniser: Recogniser, *, n_threads: int = 2, **limits: Any) -> Iterator[Calls]:
+def _calls(
+    recogniser: Recogniser,
+    *,
+    decoder: DecoderName | None = "beam",
+    n_threads: int = 2,
+    **limits: Any,
+) -> Iterator[Calls]:
     """What takes requests; at the end, no place and no model may be in use."""
     threads_before = set(threading.enumerate())
     model = _model(recogniser, BatchSettings(n_lanes=n_threads))
@@ -68,7 +74,7 @@ def _calls(recogniser: Recogniser, *, n_threads: int = 2, **limits: Any) -> Iter
         Models(lambda _: model, [model.folder]),
         admission,
         Metrics(),
-        default_decoder="beam",
+        default_decoder=decoder,
         n_threads=n_threads,
     )
     try:
@@ -720,6 +726,24 @@ def test_requests_that_cannot_be_served_are_refused_by_the_check(recogniser: Rec
                 _run(calls.check(request))
             with pytest.raises(InputError):
                 _run(calls.recognise(request, bytes(32_000)))
+
+
+def test_request_that_names_no_decoder_gets_the_one_given_or_the_most_accurate(
+    recogniser: Recogniser, waveforms: list[FloatArray]
+) -> None:
+    assert recogniser.best_decoder == "rescored"
+    texts = []
+    choices: tuple[tuple[DecoderName | None, DecoderName], ...] = (
+        ("beam", "beam"),
+        (None, "rescored"),
+    )
+    for named, expected in choices:
+        with _calls(recogniser, decoder=named) as calls:
+            found = _run(calls.recognise(Request(audio=PCM), to_pcm(waveforms[0])))
+        segments = [segment for _, segment in found.segments]
+        assert segments == recogniser.recognise(_heard(waveforms[0]), decoder=expected)
+        texts.append(_texts(segments))
+    assert texts[0] != texts[1]
 
 
 def test_search_tokens_choose_the_head_that_a_beam_search_reads(

@@ -149,6 +149,8 @@ def test_bundle_with_a_rescorer_has_the_decoder(
 ) -> None:
     recogniser = load_recogniser(rescoring_bundle)
     assert "rescored" in recogniser.decoders
+    assert recogniser.best_decoder == "rescored"
+    assert list(load_recogniser(rescoring_bundle, decoders="best").decoders) == ["rescored"]
     (found,) = recogniser.recognise(waveforms[0], decoder="beam", n_best=100)
     (rescored,) = recogniser.recognise(waveforms[0], decoder="rescored", n_best=100)
     by_beam, by_both = (
@@ -166,7 +168,11 @@ def test_bundle_without_a_rescorer_refuses_it(shipped_bundle: Path, tmp_path: Pa
     config = json.loads((plain / CONFIG_NAME).read_text())
     config["files"].pop(RESCORER_GRAPH, None)
     (plain / CONFIG_NAME).write_text(json.dumps(config))
-    assert "rescored" not in load_recogniser(plain).decoders
+    recogniser = load_recogniser(plain)
+    assert "rescored" not in recogniser.decoders
+    assert recogniser.best_decoder == "beam"
+    assert list(load_recogniser(plain, decoders="best").decoders) == ["beam"]
+    assert load_recogniser(plain, decoders=("greedy",)).best_decoder == "greedy"
     with pytest.raises(BundleError, match=r"no recurrent language model.*--rescorer"):
         load_recogniser(plain, decoders=("rescored",))
 
@@ -235,5 +241,7 @@ def test_tuning_fits_the_second_pass(rescoring_bundle: Path) -> None:
         on_line=lines.append,
     )
     assert sum("rescored: cross-fitted WER" in line for line in lines) == 2  # a corpus, and all
-    assert settings.rescoring.n_best == 100
+    assert (
+        settings.rescoring.n_best == load_bundle(rescoring_bundle).config.decoding.rescoring.n_best
+    )
     assert settings.rescoring.recurrent_weight <= 0.3  # it has learned nothing

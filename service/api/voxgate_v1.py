@@ -149,7 +149,8 @@ def _to_request(config: pb.RecognitionConfig) -> Request:
         raise RequestError(f"encoding {config.encoding} is not served; expected one of {served}")
     if config.decoder not in _DECODERS:
         raise RequestError(
-            f"decoder {config.decoder} is unknown; expected GREEDY (1), BEAM (2) or REFERENCE (3)"
+            f"decoder {config.decoder} is unknown; expected GREEDY (1), BEAM (2), REFERENCE (3) or "
+            "RESCORED (4)"
         )
     if config.search_tokens not in _SEARCH_TOKENS:
         raise RequestError(
