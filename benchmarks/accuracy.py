@@ -69,7 +69,7 @@ def measure(folder: Path, manifest: Path, conditions: Sequence[str]) -> None:
         settings = shipped.model_copy(update={"alpha": weights[0], "beta": weights[1]})
         decoders[weights] = make_beam_decoder(bundle, lm, head, settings)
     best = decoders[shipped.alpha, shipped.beta]
-    n_best = bundle.config.decoding.rescoring.n_best
+    second_pass = bundle.config.decoding.rescoring
     clean: tuple[dict[Weights, list[ErrorCounts]], list[ReadingList]] | None = None
     for condition in ["clean", *(c for c in conditions if c != "clean")]:
         items = read_items(folder, manifest, change=CONDITIONS[condition])
@@ -84,7 +84,13 @@ def measure(folder: Path, manifest: Path, conditions: Sequence[str]) -> None:
             for weights, decoder in tqdm(decoders.items(), f"{condition}, search", leave=False)
         }
         lists = [
-            score_readings(item, best.decode(item.emissions[head], n_best=n_best), rescorer, lm)
+            score_readings(
+                item,
+                best.decode(item.emissions[head], n_best=second_pass.n_best),
+                rescorer,
+                lm,
+                margin=second_pass.margin,
+            )
             for item in tqdm(items, f"{condition}, second pass", leave=False)
         ]
         clean = clean or (counts, lists)

@@ -26,7 +26,7 @@ from service.decoding.ngram import NgramModel, load_ngram
 from service.errors import InputError
 from service.recogniser import make_beam_decoder
 from service.rescorer import BOUNDARY_ID, N_HISTORY, Rescorer, build_levels
-from service.rescoring import describe_readings
+from service.rescoring import count_near, describe_readings
 from service.tuning import fit_rescoring, read_items, score_readings
 from training.precision import processor_name
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--corpus", default="", help="only these lines of the manifest")
     parser.add_argument("--n-best", type=int, default=RescoringSettings().n_best)
+    parser.add_argument("--margin", type=float, default=RescoringSettings().margin)
     parser.add_argument("--history", type=int, default=N_HISTORY, help="pieces; 0 reads each")
     arguments = parser.parse_args()
     folder = find_bundle(arguments.bundle)
@@ -68,6 +69,11 @@ def main() -> None:
     found = [decoder.decode(i.emissions[head], n_best=arguments.n_best) for i in items]
     print(f"{len(items)} utterances of {wanted or 'all corpora'}, {head}, {processor_name()}")
     _report_search(decoder, [i.emissions[head] for i in items], n_read=arguments.n_best)
+    scores = [np.array([reading.score for reading in readings]) for readings in found]
+    found = [
+        readings[: count_near(s, arguments.margin)]
+        for readings, s in zip(found, scores, strict=True)
+    ]
     _report_times([_time_list(readings, rescorer, lm, n_history) for readings in found])
     fit_rescoring(
         items, [score_readings(i, r, rescorer, lm) for i, r in zip(items, found, strict=True)]

@@ -92,7 +92,9 @@ class RescoringSettings(_Part):
     """How a recurrent language model ranks the best readings anew, fitted on development data."""
 
     n_best: Annotated[int, Field(ge=1)] = 50
-    """Readings that are ranked."""
+    """Readings that are ranked, at most."""
+    margin: Annotated[float, Field(ge=0)] = 4.0
+    """Readings whose log score is further below the best one's are not."""
     recurrent_weight: float = 0.5
     """Weight of the recurrent model's log probability."""
     ngram_weight: float = 0.0

@@ -41,12 +41,13 @@ class RescoringDecoder:
             decoder: the search.
             rescorer: the recurrent model.
             lm: the search's n-gram.
-            settings: how many readings are scored, and the weights.
+            settings: which readings are scored, and the weights.
         """
         self._decoder = decoder
         self._rescorer = rescorer
         self._lm = lm
         self._n_best = settings.n_best
+        self._margin = settings.margin
         self._weights = np.array(
             [settings.recurrent_weight, settings.ngram_weight, settings.word_score]
         )
@@ -64,12 +65,26 @@ class RescoringDecoder:
         )
 
     def _rank(self, readings: Sequence[Sequence[str]], scores: DoubleArray) -> DoubleArray:
-        features = describe_readings(readings, self._rescorer, self._lm)
-        return np.asarray(scores + features @ self._weights)
+        n_near = count_near(scores, self._margin)
+        features = describe_readings(readings[:n_near], self._rescorer, self._lm)
+        near, far = scores[:n_near] + features @ self._weights, scores[n_near:]
+        if len(far):
+            far = far + min(0.0, near.min() - far[0])  # they stay behind
+        return np.concatenate([near, far])
 
     def open(self, *, phrases: Sequence[Phrase] = ()) -> Search | None:
         """Begin a search that is fed chunk by chunk."""
         return self._decoder.open(phrases=phrases)
+
+
+def count_near(scores: DoubleArray, margin: float) -> int:
+    """How many readings, best first, are so near to the best that they are ranked anew.
+
+    Args:
+        scores: natural log scores of the search, float64, (reading,).
+        margin: how far below the best one.
+    """
+    return int((scores >= scores[0] - margin).sum())
 
 
 def describe_readings(

@@ -6,6 +6,7 @@ ways round, and the pooled figure is what may be reported; what ships is chosen 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from service.features import log_mel
 from service.manifest import read_manifest
 from service.recogniser import load_recogniser, make_beam_decoder
 from service.rescorer import Rescorer
-from service.rescoring import describe_readings
+from service.rescoring import count_near, describe_readings
 from service.scoring import ErrorCounts, count_errors, format_interval, pool
 
 DoubleArray = npt.NDArray[np.float64]
@@ -153,7 +154,7 @@ def tune_bundle(
         lists = []
         for item in track(items, "rescoring"):
             found = decoder.decode(item.emissions[better], n_best=second_pass.n_best)
-            lists.append(score_readings(item, found, rescorer, lm))
+            lists.append(score_readings(item, found, rescorer, lm, margin=second_pass.margin))
         second_pass = second_pass.model_copy(update=fit_rescoring(items, lists, on_line))
         settings = settings.model_copy(update={"rescoring": second_pass})
     if plot is not None:
@@ -229,12 +230,19 @@ class ReadingList:
 
 
 def score_readings(
-    item: Item, found: Sequence[Hypothesis], rescorer: Rescorer, lm: NgramModel
+    item: Item,
+    found: Sequence[Hypothesis],
+    rescorer: Rescorer,
+    lm: NgramModel,
+    *,
+    margin: float = math.inf,
 ) -> ReadingList:
-    """Errors and scores of the readings of an utterance."""
+    """Errors and scores of the readings of an utterance, best first, that are ranked anew."""
+    scores = np.array([reading.score for reading in found])
+    found = found[: count_near(scores, margin)]
     return ReadingList(
         errors=[count_errors([item.reference], [reading.text]) for reading in found],
-        searched=np.array([reading.score for reading in found]),
+        searched=scores[: len(found)],
         features=describe_readings([reading.text.split() for reading in found], rescorer, lm),
     )
 

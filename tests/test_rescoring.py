@@ -92,7 +92,7 @@ def test_score_is_the_sum_of_both_passes(
     search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
 ) -> None:
     settings = RescoringSettings(
-        n_best=_N_BEST, recurrent_weight=0.7, ngram_weight=-0.2, word_score=1.5
+        n_best=_N_BEST, margin=1e9, recurrent_weight=0.7, ngram_weight=-0.2, word_score=1.5
     )
     found = search.decode(emission, n_best=_N_BEST)
     features = describe_readings([reading.text.split() for reading in found], rescorer, lm)
@@ -104,6 +104,23 @@ def test_score_is_the_sum_of_both_passes(
     assert [reading.words for reading in rescored] == [found[i].words for i in order]
     (best,) = RescoringDecoder(search, rescorer, lm, settings).decode(emission)
     assert best == rescored[0]
+
+
+def test_readings_far_behind_the_best_stay_behind(
+    search: BeamDecoder, emission: FloatArray, rescorer: Rescorer, lm: NgramModel
+) -> None:
+    found = search.decode(emission, n_best=_N_BEST)
+    margin = found[0].score - found[4].score + 1e-6
+    settings = RescoringSettings(
+        n_best=_N_BEST, margin=margin, recurrent_weight=0.7, ngram_weight=-0.2, word_score=1.5
+    )
+    rescored = RescoringDecoder(search, rescorer, lm, settings).decode(emission, n_best=_N_BEST)
+    texts = [reading.text for reading in rescored]
+    assert sorted(texts[:5]) == sorted(reading.text for reading in found[:5])
+    assert texts[:5] != [reading.text for reading in found[:5]]
+    assert texts[5:] == [reading.text for reading in found[5:]]
+    scores = [reading.score for reading in rescored]
+    assert scores == sorted(scores, reverse=True)
 
 
 def test_without_weights_nothing_changes(
