@@ -57,7 +57,8 @@ def _describe_measured(measured: Mapping[str, Any]) -> str:
             "",
             "WER / CER on the development set; its speakers are not in the training set. `beam` is "
             "the search over phones or characters with the bundle's language model at its default "
-            "settings, `reference` pyctcdecode over characters with the same language model, "
+            "settings, `rescored` (the default) the search and the recurrent second pass, "
+            "`reference` pyctcdecode over characters with the same language model, "
             "`greedy_float32` the graph before quantisation; a profile's name stands for the first "
             "pass of a stream alone, no name for reading with full context, as the second pass "
             "does.",
