@@ -53,7 +53,7 @@ def transcripts(recogniser: Recogniser, recordings: list[Path]) -> list[str]:
     found = []
     for path in recordings:
         samples, _ = soundfile.read(path, dtype="float32")
-        (segment,) = recogniser.recognise(samples, decoder="beam")
+        (segment,) = recogniser.recognise(samples, decoder=recogniser.best_decoder)
         found.append(segment.alternatives[0].transcript)
     return found
 
