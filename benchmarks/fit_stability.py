@@ -56,10 +56,6 @@ class Kind:
         """Its key in the bundle."""
         return f"{self.family}+second-pass" if self.second_pass else self.family
 
-    def decoder(self, recogniser: Recogniser) -> DecoderName:
-        """What reads it."""
-        return "greedy" if self.family == "greedy" else recogniser.best_decoder
-
 
 @dataclass(frozen=True)
 class Interim:
@@ -96,7 +92,7 @@ class Changes:
             session = Session(
                 recogniser,
                 StreamRequest(profile=profile, second_pass=kind.second_pass, interim_results=True),
-                decoder=kind.decoder(recogniser),
+                decoder=decoder_of(kind.family, recogniser),
             )
             pieces = (pcm[i : i + _PIECE_BYTES] for i in range(0, len(pcm), _PIECE_BYTES))
             updates = [update for piece in pieces for update in session.push(piece)]
@@ -137,6 +133,11 @@ class Changes:
             f"  {len(self.stabilities)} tails, {np.mean(self.tails_survived):.1%} survive whole, "
             f"calibration error of their stability {error:.3f}"
         )
+
+
+def decoder_of(family: str, recogniser: Recogniser) -> DecoderName:
+    """What reads the results of a family."""
+    return "greedy" if family == "greedy" else recogniser.best_decoder
 
 
 KINDS: Final = tuple(Kind(d, s) for d, s in product(FAMILIES, (True, False)))
@@ -191,7 +192,7 @@ def collect(
             whole = recogniser.emission(stretch.features)
             for kind in KINDS:
                 emission = whole if kind.second_pass else stretch.log_probs
-                decoder = kind.decoder(recogniser)
+                decoder = decoder_of(kind.family, recogniser)
                 segment = recogniser.segment(emission, first_frame=0, decoder=decoder)
                 final = segment.alternatives[0].transcript
                 for interim in interims:
@@ -219,9 +220,8 @@ def stream(
         if isinstance(event, Settled):
             log_probs = segmenter.log_probs()
             words = {
-                kind.family: read_running(recogniser, log_probs, kind.decoder(recogniser))
-                for kind in KINDS
-                if kind.second_pass
+                family: read_running(recogniser, log_probs, decoder_of(family, recogniser))
+                for family in FAMILIES
             }
             interims.append(Interim(words, segmenter.n_settled, len(log_probs)))
         elif isinstance(event, UtteranceEnded):

@@ -1,6 +1,6 @@
 """What second-pass rescoring is worth: word error rate before and after, and its time.
 
-python benchmarks/rescoring.py DEV.jsonl RESCORER.onnx [--bundle DIR] [--corpus NAME] [--history N]
+python benchmarks/rescoring.py DEV.jsonl RESCORER.onnx [--corpus NAME] [--n-best N] [--margin M]
 
 The search gives the best readings of each utterance. A reading's new score is the search's
 score (acoustics, n-gram, words), plus a weight times what the recurrent model says of it, plus one
@@ -69,10 +69,9 @@ def main() -> None:
     found = [decoder.decode(i.emissions[head], n_best=arguments.n_best) for i in items]
     print(f"{len(items)} utterances of {wanted or 'all corpora'}, {head}, {processor_name()}")
     _report_search(decoder, [i.emissions[head] for i in items], n_read=arguments.n_best)
-    scores = [np.array([reading.score for reading in readings]) for readings in found]
     found = [
-        readings[: count_near(s, arguments.margin)]
-        for readings, s in zip(found, scores, strict=True)
+        readings[: count_near(np.array([reading.score for reading in readings]), arguments.margin)]
+        for readings in found
     ]
     _report_times([_time_list(readings, rescorer, lm, n_history) for readings in found])
     fit_rescoring(

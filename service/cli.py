@@ -233,7 +233,7 @@ def transcribe(
     jobs = _choose_jobs(paths, output, output_format, resume=resume)
     n_threads = threads or count_usable_processors()
     recogniser = _load(bundle, n_threads=1, decoder=decoder, domain=domain)
-    name: DecoderName = decoder.value if decoder else recogniser.best_decoder
+    name = recogniser.best_decoder  # the one asked for, where it is the only one
     phrases = [Phrase(text, boost_weight) for text in boost or []]
     recogniser.decoder(name).open(phrases=phrases)  # refuses what cannot be used
     n_failed, audio_s = 0, 0.0
@@ -337,7 +337,7 @@ def evaluate(
         evaluation = run(
             recogniser,
             utterances,
-            decoder=decoder.value if decoder else recogniser.best_decoder,
+            decoder=recogniser.best_decoder,
             profile=profile,
             on_done=lambda: progress.advance(task),
         )
@@ -1039,9 +1039,8 @@ def bench_serve(  # noqa: PLR0913  # every option is an argument
         _fail("--find-capacity needs streams at the pace of speech", status=2)
     utterances = read_manifest(manifest)
     recogniser = _load(bundle, n_threads=1, decoder=decoder) if is_paced else None
-    name: DecoderName | None = decoder.value if decoder else None
-    if recogniser is not None:
-        name = name or recogniser.best_decoder
+    asked: DecoderName | None = decoder.value if decoder else None
+    name = recogniser.best_decoder if recogniser else asked
     target = load_test.Target(address, api_key, name, profile, clients, server_pid)
     figures: load_test.Report | load_test.Capacity
     with _progress_bar() as progress:

@@ -201,8 +201,8 @@ class Recogniser:
     @property
     def best_decoder(self) -> DecoderName:
         """The most accurate of those that were loaded, which requests get that name none."""
-        by_accuracy: tuple[DecoderName, ...] = ("rescored", "beam")
-        return next((name for name in by_accuracy if name in self.decoders), "greedy")
+        by_accuracy: tuple[DecoderName, ...] = ("rescored", "beam", *self.decoders)
+        return next(name for name in by_accuracy if name in self.decoders)
 
     def decoder(self, name: DecoderName) -> Decoder:
         """The decoder of that name.

@@ -304,19 +304,17 @@ def best_ways(knowledge: Knowledge, state: SearchState, beam: Readings, n: int, 
         if node >= 0:
             continue  # another one is better so far
         n_tried += 1
-        n_before = len(nodes)
+        way = [np.int64(0) for _ in range(0)]
         while behind >= 0:
-            nodes.append(followers[behind][0])
+            way.append(followers[behind][0])
             behind = followers[behind][1]
-        key = _text_key(knowledge, state, np.array(nodes[n_before:]), word)
-        if key in seen:
-            while len(nodes) > n_before:
-                nodes.pop()
-            continue
-        seen.add(key)
-        ends.append(np.int64(len(nodes)))
-        words.append(word)
-        scores.append(mass)
+        key = _text_key(knowledge, state, np.array(way), word)
+        if key not in seen:
+            seen.add(key)
+            nodes.extend(way)
+            ends.append(np.int64(len(nodes)))
+            words.append(word)
+            scores.append(mass)
     return Ways(np.array(nodes), np.array(ends), np.array(words), np.array(scores))
 
 
